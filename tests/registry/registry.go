@@ -1,0 +1,60 @@
+// Package registry runs the distribution project's registry in this process, on loopback: the real server that tests,
+// benchmarks and the demo push images to and pull them from.
+package registry
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"time"
+
+	"github.com/distribution/distribution/v3/configuration"
+	"github.com/distribution/distribution/v3/registry/handlers"
+	_ "github.com/distribution/distribution/v3/registry/storage/driver/filesystem" // keeps blobs under Config.Dir
+	"github.com/sirupsen/logrus"
+)
+
+// A Registry is a running server.
+type Registry struct {
+	srv *http.Server
+	ln  net.Listener
+	end chan struct{}
+}
+
+// Start serves a registry that keeps its blobs in the directory dir.
+func Start(dir string) (*Registry, error) {
+	logrus.SetOutput(io.Discard) // the server logs each request through the global logger
+	cfg := &configuration.Configuration{
+		Version: "0.1",
+		Storage: configuration.Storage{
+			"filesystem":  configuration.Parameters{"rootdirectory": dir},
+			"delete":      configuration.Parameters{"enabled": true},
+			"maintenance": configuration.Parameters{"uploadpurging": map[any]any{"enabled": false}},
+		},
+	}
+	cfg.Log.Level = "panic"
+	cfg.HTTP.Secret = "loopback only"
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return nil, fmt.Errorf("start registry: %w", err)
+	}
+	r := &Registry{
+		srv: &http.Server{Handler: handlers.NewApp(context.Background(), cfg), ReadHeaderTimeout: time.Minute},
+		ln:  ln,
+		end: make(chan struct{}),
+	}
+	go func() { defer close(r.end); r.srv.Serve(ln) }() // ends when Close closes the server; Close waits
+	return r, nil
+}
+
+// Addr is the server's "host:port".
+func (r *Registry) Addr() string { return r.ln.Addr().String() }
+
+// Close stops the server.
+func (r *Registry) Close() error {
+	err := r.srv.Close()
+	<-r.end
+	return err
+}
