@@ -23,8 +23,11 @@ type Registry struct {
 	end chan struct{}
 }
 
-// Start serves a registry that keeps its blobs in the directory dir.
-func Start(dir string) (*Registry, error) {
+// Start serves a registry that keeps its blobs in the directory dir, on a port of the kernel's choice.
+func Start(dir string) (*Registry, error) { return StartAt(dir, "127.0.0.1:0") }
+
+// StartAt is Start on a given loopback address, for a registry that comes back.
+func StartAt(dir, addr string) (*Registry, error) {
 	logrus.SetOutput(io.Discard) // the server logs each request through the global logger
 	cfg := &configuration.Configuration{
 		Version: "0.1",
@@ -36,7 +39,7 @@ func Start(dir string) (*Registry, error) {
 	}
 	cfg.Log.Level = "panic"
 	cfg.HTTP.Secret = "loopback only"
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	ln, err := net.Listen("tcp", addr)
 	if err != nil {
 		return nil, fmt.Errorf("start registry: %w", err)
 	}
