@@ -33,6 +33,11 @@ func shell(t *testing.T, script string) Config {
 	}
 }
 
+// writeFunc is an io.Writer.
+type writeFunc func([]byte) (int, error)
+
+func (f writeFunc) Write(b []byte) (int, error) { return f(b) }
+
 // mustRun runs cfg and fails the test unless the machine worked and the command exited with code.
 func mustRun(t *testing.T, cfg Config, code int) {
 	t.Helper()
@@ -63,10 +68,12 @@ func TestCommandGetsArgumentsEnvironmentAndDirectoryAsGiven(t *testing.T) {
 	}
 }
 
+// TestOutputIsByteExact has a host that reads slowly, so that output is still queued in the port when the command ends: it is lost
+// if the guest powers off without waiting for the host.
 func TestOutputIsByteExact(t *testing.T) {
 	const seed = 1
 	file := filepath.Join(t.TempDir(), "noise")
-	want := make([]byte, 700<<10+13)
+	want := make([]byte, 2<<20+13)
 	src := rand.NewChaCha8([32]byte{seed})
 	src.Read(want)
 	if err := os.WriteFile(file, want, 0o600); err != nil {
@@ -75,7 +82,10 @@ func TestOutputIsByteExact(t *testing.T) {
 	var out, errs bytes.Buffer
 	cfg := shell(t, "cat $NOISE & cat $NOISE >&2; wait")
 	cfg.Env = append(os.Environ(), "NOISE="+file)
-	cfg.Stdout, cfg.Stderr = &out, &errs
+	slowly := func(b *bytes.Buffer) io.Writer {
+		return writeFunc(func(p []byte) (int, error) { time.Sleep(10 * time.Millisecond); return b.Write(p) })
+	}
+	cfg.Stdout, cfg.Stderr = slowly(&out), slowly(&errs)
 	mustRun(t, cfg, 0)
 	for name, got := range map[string][]byte{"standard output": out.Bytes(), "standard error": errs.Bytes()} {
 		if !bytes.Equal(got, want) {
@@ -167,11 +177,6 @@ func TestTimeoutKillsTheMachine(t *testing.T) {
 		t.Errorf("error %q has no end of the kernel log", err)
 	}
 }
-
-// writeFunc is an io.Writer.
-type writeFunc func([]byte) (int, error)
-
-func (f writeFunc) Write(b []byte) (int, error) { return f(b) }
 
 func TestCancelKillsTheMachine(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
