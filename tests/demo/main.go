@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"holdfast/tests/demoimage"
+	"holdfast/tests/host"
 	"holdfast/tests/link"
 	"holdfast/tests/registry"
 
@@ -57,40 +58,22 @@ func run(ctx context.Context, binary, vm string) error {
 	if err != nil {
 		return err
 	}
-	if reason := engineMissing(ctx, binary); reason != "" {
-		if vm == "" {
-			return fmt.Errorf("this kernel offers neither engine: %s", reason)
-		}
-		return inVM(ctx, binary, vm, reason)
-	}
-	work, err := os.MkdirTemp(workDir(), "holdfast-demo-")
+	work, err := host.WorkDir()
 	if err != nil {
 		return err
 	}
 	defer os.RemoveAll(work)
+	if reason := host.Doctor(binary, work); reason != nil {
+		if vm == "" {
+			return fmt.Errorf("this kernel offers neither engine: %w", reason)
+		}
+		return inVM(ctx, binary, vm, reason)
+	}
 	d := &demo{binary: binary, work: work, image: img}
 	return d.run(ctx)
 }
 
-// workDir is where the demo keeps its files: a file system with extended attributes, which a tmpfs /tmp may not offer to
-// an engine. In the VM that is the cache disk.
-func workDir() string {
-	if fi, err := os.Stat("/cache"); err == nil && fi.IsDir() && os.Getenv("HOLDFAST_VM") != "" {
-		return "/cache"
-	}
-	return "/var/tmp"
-}
-
-// engineMissing returns why no engine works here, or "".
-func engineMissing(ctx context.Context, binary string) string {
-	out, err := exec.CommandContext(ctx, binary, "--root", workDir(), "doctor").CombinedOutput()
-	if err == nil {
-		return ""
-	}
-	return strings.TrimSpace(string(out))
-}
-
-func inVM(ctx context.Context, binary, vm, reason string) error {
+func inVM(ctx context.Context, binary, vm string, reason error) error {
 	self, err := os.Executable()
 	if err != nil {
 		return err
@@ -106,6 +89,7 @@ func inVM(ctx context.Context, binary, vm, reason string) error {
 type demo struct {
 	binary, work string
 	image        *demoimage.Image
+	host         *host.Host // once it serves
 }
 
 func (d *demo) run(ctx context.Context) error {
@@ -202,11 +186,10 @@ func (d *demo) lazy(ctx context.Context, addr string) (elapsed time.Duration, fe
 		return 0, 0, err
 	}
 	defer l.Close()
-	stop, err := d.serve(ctx)
-	if err != nil {
+	if d.host, err = host.Start(d.binary, d.work); err != nil {
 		return 0, 0, err
 	}
-	defer func() { err = errors.Join(err, stop()) }()
+	defer func() { err = errors.Join(err, d.host.Stop()) }()
 	root := filepath.Join(d.work, "lazy")
 	if err := os.Mkdir(root, 0o755); err != nil {
 		return 0, 0, err
@@ -215,7 +198,6 @@ func (d *demo) lazy(ctx context.Context, addr string) (elapsed time.Duration, fe
 	if err := d.holdfast(ctx, "mount", "--prefetch=off", "docker://"+l.Addr()+"/demo:rafs", root); err != nil {
 		return 0, 0, err
 	}
-	defer func() { err = errors.Join(err, d.holdfast(context.WithoutCancel(ctx), "umount", root)) }()
 	if err := d.python(ctx, root); err != nil {
 		return 0, 0, err
 	}
@@ -224,46 +206,15 @@ func (d *demo) lazy(ctx context.Context, addr string) (elapsed time.Duration, fe
 	return elapsed, fetched, d.holdfast(ctx, "status")
 }
 
-// serve starts the daemon under its keeper, waits until it answers, and returns what stops both.
-func (d *demo) serve(ctx context.Context) (func() error, error) {
-	logFile, err := os.Create(filepath.Join(d.work, "serve.log"))
-	if err != nil {
-		return nil, err
-	}
-	cmd := exec.Command(d.binary, d.global("keep", "--", d.binary)...)
-	cmd.Args = append(cmd.Args, d.global("serve")...)
-	cmd.Stdout, cmd.Stderr = logFile, logFile
-	if err := cmd.Start(); err != nil {
-		return nil, errors.Join(err, logFile.Close())
-	}
-	stop := func() error {
-		defer logFile.Close()
-		if err := cmd.Process.Signal(os.Interrupt); err != nil {
-			return err
-		}
-		if err := cmd.Wait(); err != nil {
-			return fmt.Errorf("keeper: %w: %s", err, tail(logFile.Name()))
-		}
-		return nil
-	}
-	for deadline := time.Now().Add(30 * time.Second); ; {
-		if exec.CommandContext(ctx, d.binary, d.global("status", "--json")...).Run() == nil {
-			return stop, nil
-		}
-		if time.Now().After(deadline) || ctx.Err() != nil {
-			return nil, errors.Join(fmt.Errorf("the daemon does not answer: %s", tail(logFile.Name())), stop())
-		}
-		time.Sleep(50 * time.Millisecond)
-	}
-}
-
-func (d *demo) global(args ...string) []string {
-	return append([]string{"--root", filepath.Join(d.work, "root"), "--run", filepath.Join(d.work, "run")}, args...)
-}
-
+// holdfast runs a command as a user would type it, against the host if there is one.
 func (d *demo) holdfast(ctx context.Context, args ...string) error {
 	fmt.Println("   $ holdfast", strings.Join(args, " "))
-	cmd := exec.CommandContext(ctx, d.binary, d.global(args...)...)
+	if d.host != nil {
+		out, err := d.host.Run(args...)
+		fmt.Print(out)
+		return err
+	}
+	cmd := exec.CommandContext(ctx, d.binary, args...)
 	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
 	if err := cmd.Run(); err != nil {
 		return fmt.Errorf("holdfast %s: %w", args[0], err)
@@ -276,11 +227,6 @@ func (d *demo) python(ctx context.Context, root string) error {
 	cmd := exec.CommandContext(ctx, "chroot", root, "/usr/bin/python3", "-c", script)
 	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
 	return cmd.Run()
-}
-
-func tail(path string) string {
-	b, _ := os.ReadFile(path)
-	return string(b[max(0, len(b)-2000):])
 }
 
 func mb(n int64) float64 { return float64(n) / 1e6 }

@@ -45,9 +45,9 @@ func TestRandomTreesShowTheSameThroughTheKernel(t *testing.T) {
 	}
 	for i, seed := range seeds(t, 8) {
 		m := randomTree(seed)
-		tarball := filepath.Join(h.dir, "tree.tar")
+		tarball := filepath.Join(h.Dir, "tree.tar")
 		m.writeTar(t, tarball)
-		image := "oci:" + filepath.Join(h.dir, "image") + ":t" + strconv.FormatUint(seed, 10)
+		image := "oci:" + filepath.Join(h.Dir, "image") + ":t" + strconv.FormatUint(seed, 10)
 		h.must(append(append([]string{"convert"}, variants[i%len(variants)]...), "tar:"+tarball, image)...)
 		h.must("check", image)
 		dir := h.mount(image, "--prefetch=off")
@@ -103,15 +103,15 @@ func TestNydusImageIsServedByteForByte(t *testing.T) {
 }
 
 // counted is a registry behind a link, with an image of n files of 1 MiB in it.
-func counted(t *testing.T, h *host, cfg link.Config, n int) (l *link.Link, image string, m model) {
+func counted(t *testing.T, h *testHost, cfg link.Config, n int) (l *link.Link, image string, m model) {
 	t.Helper()
-	reg, err := registry.Start(filepath.Join(h.dir, "registry"))
+	reg, err := registry.Start(filepath.Join(h.Dir, "registry"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { reg.Close() })
 	m = bigFiles(n)
-	tarball := filepath.Join(h.dir, "big.tar")
+	tarball := filepath.Join(h.Dir, "big.tar")
 	m.writeTar(t, tarball)
 	h.must("convert", "tar:"+tarball, "docker://"+reg.Addr()+"/big:1")
 	if l, err = link.Start(reg.Addr(), cfg); err != nil {
@@ -152,9 +152,9 @@ func TestConcurrentReadersOfASlowRegistryFetchEachChunkOnce(t *testing.T) {
 func TestSlowImageDoesNotDelayAnother(t *testing.T) {
 	h := newHost(t)
 	_, slow, m := counted(t, h, link.Config{RTT: 2 * time.Second, Rate: 1 << 20}, 2)
-	tarball := filepath.Join(h.dir, "small.tar")
+	tarball := filepath.Join(h.Dir, "small.tar")
 	randomTree(1).writeTar(t, tarball)
-	fast := "oci:" + filepath.Join(h.dir, "image") + ":small"
+	fast := "oci:" + filepath.Join(h.Dir, "image") + ":small"
 	h.must("convert", "tar:"+tarball, fast)
 	slowDir, fastDir := h.mount(slow, "--prefetch=off"), h.mount(fast, "--prefetch=off")
 
@@ -181,7 +181,9 @@ func TestPrefetchCompletesAnImageThatThenNeedsNoSource(t *testing.T) {
 	h := newHost(t)
 	l, image, m := counted(t, h, link.Config{}, 4)
 	mnt := h.mount(image)
-	waitComplete(t, h, mnt)
+	if err := h.WaitComplete(mnt); err != nil {
+		t.Fatal(err)
+	}
 	if err := l.Close(); err != nil {
 		t.Fatal(err)
 	}
@@ -189,35 +191,15 @@ func TestPrefetchCompletesAnImageThatThenNeedsNoSource(t *testing.T) {
 	m.compare(t, mnt)
 }
 
-// waitComplete waits until status says that every object of the mount is complete; bounded by 2 minutes.
-func waitComplete(t *testing.T, h *host, mnt string) {
-	t.Helper()
-	for deadline := time.Now().Add(2 * time.Minute); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
-		var s struct {
-			Mounts []struct {
-				Dir      string `json:"dir"`
-				Complete bool   `json:"complete"`
-			} `json:"mounts"`
-		}
-		h.status(&s)
-		for _, m := range s.Mounts {
-			if m.Dir == mnt && m.Complete {
-				return
-			}
-		}
-	}
-	t.Fatalf("%s is not complete after 2 minutes:\n%s", mnt, h.must("status"))
-}
-
 func TestUnreachableSourceGivesEIOAfterTheDeadlineAndTheNextReadTriesAgain(t *testing.T) {
 	h := newHost(t, "--read-deadline", "2s")
-	reg, err := registry.Start(filepath.Join(h.dir, "registry"))
+	reg, err := registry.Start(filepath.Join(h.Dir, "registry"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	addr := reg.Addr()
 	m := bigFiles(1)
-	tarball := filepath.Join(h.dir, "big.tar")
+	tarball := filepath.Join(h.Dir, "big.tar")
 	m.writeTar(t, tarball)
 	h.must("convert", "tar:"+tarball, "docker://"+addr+"/big:1")
 	mnt := h.mount("docker://"+addr+"/big:1", "--prefetch=off")
@@ -231,7 +213,7 @@ func TestUnreachableSourceGivesEIOAfterTheDeadlineAndTheNextReadTriesAgain(t *te
 	if d := time.Since(start); d < 2*time.Second {
 		t.Errorf("EIO after %v, before the read deadline of 2 s", d)
 	}
-	again, err := registry.StartAt(filepath.Join(h.dir, "registry"), addr)
+	again, err := registry.StartAt(filepath.Join(h.Dir, "registry"), addr)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -258,17 +240,17 @@ func TestSameImageOnTwoDirectoriesSharesItsBlobs(t *testing.T) {
 
 func TestMountRefusesWhatItCannotMount(t *testing.T) {
 	h := newHost(t)
-	tarball := filepath.Join(h.dir, "small.tar")
+	tarball := filepath.Join(h.Dir, "small.tar")
 	bigFiles(1).writeTar(t, tarball)
-	layout := filepath.Join(h.dir, "image")
+	layout := filepath.Join(h.Dir, "image")
 	image := "oci:" + layout + ":small"
 	h.must("convert", "tar:"+tarball, image)
 	mnt := h.mount(image)
-	file := filepath.Join(h.dir, "a-file")
+	file := filepath.Join(h.Dir, "a-file")
 	if err := os.WriteFile(file, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	empty := filepath.Join(h.dir, "empty")
+	empty := filepath.Join(h.Dir, "empty")
 	if err := os.Mkdir(empty, 0o755); err != nil {
 		t.Fatal(err)
 	}
@@ -278,7 +260,7 @@ func TestMountRefusesWhatItCannotMount(t *testing.T) {
 		want string // in the error
 	}{
 		{"a mounted directory", []string{image, mnt}, mnt},
-		{"a missing directory", []string{image, filepath.Join(h.dir, "missing")}, "missing"},
+		{"a missing directory", []string{image, filepath.Join(h.Dir, "missing")}, "missing"},
 		{"a file", []string{image, file}, "a-file"},
 		{"a missing tag", []string{"oci:" + layout + ":none", empty}, "none"},
 		{"a missing layout", []string{"oci:" + layout + "x:small", empty}, layout + "x"},
@@ -288,7 +270,7 @@ func TestMountRefusesWhatItCannotMount(t *testing.T) {
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			_, err := h.run(append([]string{"mount"}, tt.args...)...)
+			_, err := h.Run(append([]string{"mount"}, tt.args...)...)
 			if err == nil {
 				t.Fatal("mounted")
 			}
