@@ -5,7 +5,7 @@ import (
 	"encoding/hex"
 	"fmt"
 
-	"lukechampine.com/blake3"
+	"github.com/zeebo/blake3"
 )
 
 // A DigestAlgo is the algorithm of chunk digests. The values are those of RafsV6Blob.digest_algo.
