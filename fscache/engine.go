@@ -114,6 +114,9 @@ type Engine interface {
 	// engine's fd fails, it returns an error (ErrClosed after Close), and always will. A malformed message of the
 	// kernel's is logged and, where it can be told whose it is, answered with EIO; Next goes on.
 	Next() (Request, error)
+	// Freeze makes Next return ErrClosed to every caller, from now on, and loses nothing: a request that was read is
+	// returned first. Everything else goes on working, so what is in flight can be answered before Close. Idempotent.
+	Freeze() error
 	// Answer ends a request: OK only after the bytes of [Off, Off+Len) that lie inside the object were written.
 	// ErrGone: the reader was killed or the mount is gone, nothing is wrong. ErrAnswered: a bug of the caller's.
 	Answer(r Request, e Errno) error
