@@ -12,6 +12,8 @@ import (
 	"path/filepath"
 	"testing"
 
+	"pgregory.net/rapid"
+
 	"holdfast/rafs"
 	"holdfast/rafs/source"
 	"holdfast/rafs/tree"
@@ -46,6 +48,18 @@ func fixture(t testing.TB, name string) []byte {
 	return b
 }
 
+// open opens a fixture as the daemon would.
+func open(t testing.TB, name string) source.Source {
+	t.Helper()
+	fixture(t, name)
+	src, err := source.OpenFile(filepath.Join("../../../shared/fixtures/nydus", name))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { src.Close() })
+	return src
+}
+
 // content makes chunks of every kind: compressible, random, zero, equal to earlier ones.
 func content(rng *rand.Rand, n, maxSize int) [][]byte {
 	chunks := make([][]byte, n)
@@ -70,7 +84,7 @@ func content(rng *rand.Rand, n, maxSize int) [][]byte {
 }
 
 // write makes a blob of chunks, with a bootstrap if boot is not empty.
-func write(t testing.TB, chunks [][]byte, boot []byte, o Options) ([]byte, []tree.ChunkRef, Result) {
+func write(t rapid.TB, chunks [][]byte, boot []byte, o Options) ([]byte, []tree.ChunkRef, Result) {
 	t.Helper()
 	var out bytes.Buffer
 	w, err := NewWriter(&out, o)

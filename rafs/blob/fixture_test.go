@@ -31,11 +31,11 @@ func fixtureInfo(t *testing.T) rafs.BlobInfo {
 func TestFixtureDecodesToItsCacheObject(t *testing.T) {
 	blob, want := fixture(t, "rafs-v6/"+fixtureID), fixture(t, "decoded/"+fixtureID+".decoded")
 	info := fixtureInfo(t)
-	read, err := ReadMeta(context.Background(), &memory{b: blob}, info)
+	read, err := ReadMeta(context.Background(), open(t, "rafs-v6/"+fixtureID), info)
 	if err != nil {
 		t.Fatal(err)
 	}
-	found, err := FindMeta(context.Background(), &memory{b: blob}, rafs.BlobInfo{ID: fixtureID, Codec: rafs.CodecZstd, Digest: rafs.Blake3})
+	found, err := FindMeta(context.Background(), open(t, "rafs-v6/"+fixtureID), rafs.BlobInfo{ID: fixtureID, Codec: rafs.CodecZstd, Digest: rafs.Blake3})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -59,12 +59,12 @@ func TestFixtureDecodesToItsCacheObject(t *testing.T) {
 
 // The entries of the fixture's own bootstrap, which its builder ordered by digest.
 func TestFixtureTableTakesDigestsOfBootstrap(t *testing.T) {
-	blob, boot, info := fixture(t, "rafs-v6/"+fixtureID), fixture(t, "rafs-v6/rafs-v6-2.2.boot"), fixtureInfo(t)
+	boot, info := fixture(t, "rafs-v6/rafs-v6-2.2.boot"), fixtureInfo(t)
 	digests := make([]rafs.Digest, info.ChunkCount)
 	for e := boot[16384:][:160]; len(e) > 0; e = e[80:] {
 		digests[binary.LittleEndian.Uint32(e[72:])] = rafs.Digest(e[:32])
 	}
-	m, err := ReadMeta(context.Background(), &memory{b: blob}, info)
+	m, err := ReadMeta(context.Background(), open(t, "rafs-v6/"+fixtureID), info)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -92,7 +92,7 @@ func TestFixtureTableTakesDigestsOfBootstrap(t *testing.T) {
 func TestFixtureOfOldBuilderIsFoundByTOC(t *testing.T) {
 	const id = "2fa78cad554b75ac91a4a125ed148d0ddeb25efa4aaa8bd80e5dc292690a4dca"
 	blob := fixture(t, "toc/"+id)
-	m, err := FindMeta(context.Background(), &memory{b: blob}, rafs.BlobInfo{ID: id, Codec: rafs.CodecZstd})
+	m, err := FindMeta(context.Background(), open(t, "toc/"+id), rafs.BlobInfo{ID: id, Codec: rafs.CodecZstd})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -187,6 +187,9 @@ func describe(ctx context.Context, w *window, t toc, known rafs.BlobInfo) (rafs.
 	if err != nil {
 		return info, fmt.Errorf("offset %d: %w", ci.offset+ci.stored, err)
 	}
+	if err := rafs.CheckFeatures(h.features); err != nil {
+		return info, fmt.Errorf("offset %d: %w", ci.offset+ci.stored, err)
+	}
 	info.ChunkCount = h.entries
 	info.Features |= h.features
 	if t.find(tocDigest) != nil {
