@@ -48,7 +48,7 @@ func (b *blob) ReadRange(ctx context.Context, off, n int64) (io.ReadCloser, erro
 		return nil, place(err)
 	}
 	whole := resp.StatusCode == http.StatusOK // goes on behind the range, as it should
-	return &rangeReader{ctx: ctx, body: resp.Body, left: n, exact: whole || resp.ContentLength == n, place: place}, nil
+	return &rangeReader{body: resp.Body, left: n, exact: whole || resp.ContentLength == n, place: place}, nil
 }
 
 // ask sends the request: to where the registry last redirected, if it did and that still works, else to the registry.
@@ -124,7 +124,6 @@ func rangeIs(h string, off, n, size int64) bool {
 
 // A rangeReader cuts an answer's body at the length asked for.
 type rangeReader struct {
-	ctx   context.Context // of the one call that this reader is the answer to
 	body  io.ReadCloser
 	left  int64
 	exact bool // no need to look whether the body ends there
@@ -151,7 +150,7 @@ func (r *rangeReader) Read(p []byte) (int, error) {
 	if err == io.EOF || errors.Is(err, io.ErrUnexpectedEOF) {
 		r.done = r.place(fmt.Errorf("the answer ended %d bytes early: %w", r.left, ErrShort))
 	} else {
-		r.done = r.place(clean(r.ctx, err))
+		r.done = r.place(clean(err))
 	}
 	return n, r.done
 }
@@ -171,7 +170,7 @@ func (r *rangeReader) end() error {
 		case err == io.EOF:
 			return io.EOF
 		case err != nil:
-			return r.place(clean(r.ctx, err))
+			return r.place(clean(err))
 		}
 	}
 	return r.place(io.ErrNoProgress)

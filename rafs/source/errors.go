@@ -1,7 +1,6 @@
 package source
 
 import (
-	"context"
 	"crypto/tls"
 	"encoding/json"
 	"errors"
@@ -113,10 +112,7 @@ func retryAfter(v string) time.Duration {
 
 // clean turns an error of net/http or of the registry library into one that carries no address (which may be signed) and
 // no body, and marks those that trying again will not mend.
-func clean(ctx context.Context, err error) error {
-	if cause := context.Cause(ctx); cause != nil {
-		return cause
-	}
+func clean(err error) error {
 	var se *StatusError
 	if errors.As(err, &se) {
 		return err

@@ -240,6 +240,41 @@ func TestSignedAddressIsNotInErrors(t *testing.T) {
 	}
 }
 
+func TestRememberedAddressThatIsDownIsForgotten(t *testing.T) {
+	s := startServer(t, "")
+	data := pattern(100)
+	c := startCDN(t, data)
+	s.setFault(c.redirect)
+	b := s.client(Options{}).Blob(s.put(data), 100)
+	if _, err := readRange(t.Context(), b, 0, 10); err != nil {
+		t.Fatal(err)
+	}
+	c.Close()
+	s.setFault(nil)
+	if _, err := readRange(t.Context(), b, 0, 10); err == nil || IsPermanent(err) {
+		t.Errorf("the other server is down, and the read gives %v", err)
+	}
+	if _, err := readRange(t.Context(), b, 0, 10); err != nil {
+		t.Errorf("the registry has the blob, and the next read gives %v", err)
+	}
+}
+
+func TestClosedBodyEndsItsExchange(t *testing.T) {
+	var ctx context.Context
+	g := &guard{stall: DefaultStall, base: roundTrip(func(req *http.Request) (*http.Response, error) {
+		ctx = req.Context()
+		return &http.Response{StatusCode: 200, Header: http.Header{}, Body: http.NoBody, Request: req}, nil
+	})}
+	resp, err := g.RoundTrip(httptest.NewRequest(http.MethodGet, "http://localhost/", nil))
+	if err != nil || ctx.Err() != nil {
+		t.Fatal(err, ctx.Err())
+	}
+	resp.Body.Close()
+	if ctx.Err() == nil {
+		t.Error("the exchange's context lives on")
+	}
+}
+
 func TestRedirectLoopEnds(t *testing.T) {
 	s := startServer(t, "")
 	s.setFault(func(w http.ResponseWriter, r *http.Request) {

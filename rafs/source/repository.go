@@ -106,7 +106,7 @@ func (r *Repository) open(ctx context.Context, stale *session) (*session, error)
 	r.session = nil
 	s, err := r.handshake(ctx)
 	if err != nil {
-		return nil, clean(ctx, err)
+		return nil, clean(err)
 	}
 	r.session = s
 	return s, nil
@@ -233,7 +233,7 @@ func fetch(ctx context.Context, c *http.Client, u string, header http.Header) (*
 	req.Header = header.Clone()
 	resp, err := c.Do(req)
 	if err != nil {
-		return nil, clean(ctx, err)
+		return nil, clean(err)
 	}
 	return resp, nil
 }
@@ -271,7 +271,7 @@ func (r *Repository) manifest(ctx context.Context, ref string, accept []string) 
 	body, err := io.ReadAll(io.LimitReader(resp.Body, MaxManifest+1))
 	switch {
 	case err != nil:
-		return Manifest{}, clean(ctx, err)
+		return Manifest{}, clean(err)
 	case len(body) > MaxManifest:
 		return Manifest{}, Permanent(fmt.Errorf("%w: over %d bytes", ErrTooLarge, MaxManifest))
 	}
