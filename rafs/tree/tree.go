@@ -158,3 +158,20 @@ func (n *Node) walk(path string, fn func(string, *Node) error) error {
 	}
 	return nil
 }
+
+// Lookup returns the entry at an absolute path: "/" for n itself, "/a/b" below. Symbolic links are not followed.
+func (n *Node) Lookup(path string) (*Node, error) {
+	rest, ok := strings.CutPrefix(path, "/")
+	if !ok {
+		return nil, fmt.Errorf("path %.256q does not start with '/'", path)
+	}
+	at := n
+	for rest != "" {
+		var name string
+		name, rest, _ = strings.Cut(rest, "/")
+		if at = at.Child(name); at == nil {
+			return nil, fmt.Errorf("path %.256q: no entry %.256q", path, name)
+		}
+	}
+	return at, nil
+}
