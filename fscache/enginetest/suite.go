@@ -1,0 +1,47 @@
+package enginetest
+
+import (
+	"testing"
+)
+
+// rules are what every engine keeps. Each starts with an empty cache.
+var rules = []struct {
+	name string
+	run  func(t *testing.T, h Harness)
+}{
+	{"ReaderWaitsUntilAnswered", readerWaitsUntilAnswered},
+	{"ReadReturnsTheBytesWritten", readReturnsTheBytesWritten},
+	{"RequestCoversTheRead", requestCoversTheRead},
+	{"DeniedReaderGetsEIOAndTheNextReadAsksAgain", deniedReaderGetsEIO},
+	{"EachRequestGoesToOneCallerOfNext", eachRequestGoesToOneCaller},
+	{"SecondAnswerIsRefused", secondAnswerIsRefused},
+	{"AnswersInAnyOrderReachTheirReaders", answersInAnyOrder},
+	{"ConcurrentReadersOfOneRange", concurrentReadersOfOneRange},
+	{"SlowObjectDelaysItsOwnReadersOnly", slowObjectDelaysItsOwnReaders},
+	{"KilledReaderDisturbsNobody", killedReaderDisturbsNobody},
+	{"CloseUnblocksNext", closeUnblocksNext},
+	{"ClosedEngineRefusesEverything", closedEngineRefuses},
+	{"UnansweredRequestSurvivesTheProcess", unansweredRequestSurvives},
+	{"AddAgainChangesNothing", addAgainChangesNothing},
+	{"AddWithAnotherSizeFails", addWithAnotherSizeFails},
+	{"AddRefusesBadNamesAndSizes", addRefusesBadNames},
+	{"UnknownObjectIsRefused", unknownObjectIsRefused},
+	{"WriteOutsideOrUnalignedIsRefused", badWriteIsRefused},
+	{"PresentListsWhatWasWritten", presentListsWhatWasWritten},
+	{"ReadAtReturnsWhatWasWritten", readAtReturnsWhatWasWritten},
+	{"DropMakesAHole", dropMakesAHole},
+	{"WrittenDataOutlivesTheEngine", writtenDataOutlivesTheEngine},
+	{"CompletedObjectRaisesNoRequest", completedObjectRaisesNoRequest},
+	{"RemoveOfAUsedObjectFails", removeOfUsedObjectFails},
+	{"UnmountWhileBusyFails", unmountWhileBusyFails},
+	{"MountErrorsNameTheDirectory", mountErrorsNameTheDirectory},
+	{"DomainsShareNothing", domainsShareNothing},
+	{"TwoMountsShareABlob", twoMountsShareABlob},
+}
+
+// Run checks an engine against every rule. newHarness returns one with an empty cache each time.
+func Run(t *testing.T, newHarness func(t *testing.T) Harness) {
+	for _, rule := range rules {
+		t.Run(rule.name, func(t *testing.T) { rule.run(t, newHarness(t)) })
+	}
+}

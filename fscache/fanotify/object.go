@@ -1,0 +1,332 @@
+package fanotify
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+
+	"golang.org/x/sys/unix"
+
+	"holdfast/fscache"
+)
+
+// inode names a file to the kernel.
+type inode struct{ dev, ino uint64 }
+
+// An object is a cache file that was added.
+type object struct {
+	key   fscache.Key
+	path  string // for messages and mount options
+	size  int64
+	inode inode
+
+	// quiet is a descriptor whose reads and writes raise no events: opened before the mark, or the kernel's own from an
+	// event. Nil until there is one, which is only while nothing was read since a successor took the group over.
+	quiet atomic.Pointer[os.File]
+	// seek finds data and holes, which raises no event on any descriptor. It is quiet, or stands in until there is one.
+	seek *os.File
+
+	mu        sync.Mutex
+	marked    bool // guarded by mu
+	dirSynced bool // guarded by mu
+}
+
+// checkName refuses what is not the name of one file in one directory.
+func checkName(what, s string) error {
+	switch {
+	case s == "":
+		return fmt.Errorf("%s is empty", what)
+	case s == "." || s == "..", strings.ContainsAny(s, "/\x00"):
+		return fmt.Errorf("%s %q cannot be a file name", what, s)
+	case len(s) > 255: // NAME_MAX, include/uapi/linux/limits.h
+		return fmt.Errorf("%s %.20q... has %d bytes, more than 255", what, s, len(s))
+	}
+	return nil
+}
+
+// checkObject refuses names and sizes no cache file can have.
+func checkObject(o fscache.Object) error {
+	if err := errors.Join(checkName("domain", o.Key.Domain), checkName("object id", o.Key.ID)); err != nil {
+		return err
+	}
+	if o.Size <= 0 || o.Size%fscache.BlockSize != 0 {
+		return fmt.Errorf("object %s: size %d is not a positive multiple of %d", o.Key, o.Size, fscache.BlockSize)
+	}
+	return nil
+}
+
+// openObject opens the cache file of o below root (dir is root's path), sparse and of o's size, making it where absent.
+// watched says which inodes raise events already; for those the descriptor will do for seeking only.
+func openObject(root *os.Root, dir string, o fscache.Object, watched map[uint64]bool) (*object, error) {
+	name := filepath.Join(o.Key.Domain, o.Key.ID)
+	obj := &object{key: o.Key, path: filepath.Join(dir, name), size: o.Size}
+	if err := root.Mkdir(o.Key.Domain, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+		return nil, fmt.Errorf("directory of domain %s: %w", o.Key.Domain, err)
+	}
+	f, err := root.OpenFile(name, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW|unix.O_NOATIME, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("cache file %s: %w", obj.path, err)
+	}
+	if err := obj.adjust(f); err != nil {
+		_ = f.Close()
+		return nil, err
+	}
+	obj.seek = f
+	if watched[obj.inode.ino] {
+		obj.marked = true
+	} else {
+		obj.quiet.Store(f)
+	}
+	return obj, nil
+}
+
+// adjust checks that f is the object's file, and gives a new one its size.
+func (o *object) adjust(f *os.File) error {
+	var st unix.Stat_t
+	if err := control(f, func(fd int) error { return unix.Fstat(fd, &st) }); err != nil {
+		return fmt.Errorf("cache file %s: %w", o.path, err)
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFREG {
+		return fmt.Errorf("cache file %s is not a regular file: move it away", o.path)
+	}
+	o.inode = inode{dev: st.Dev, ino: st.Ino}
+	switch st.Size {
+	case o.size:
+		return nil
+	case 0:
+		if err := f.Truncate(o.size); err != nil {
+			return fmt.Errorf("cache file %s: %w", o.path, err)
+		}
+		return nil
+	}
+	return fmt.Errorf("cache file %s has %d bytes, the object has %d: remove the file if nothing has it mounted", o.path, st.Size, o.size)
+}
+
+// mark makes reads of the file raise events, from every description opened afterwards.
+func (o *object) mark(group *os.File) error {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.marked {
+		return nil
+	}
+	err := o.changeMark(group, unix.FAN_MARK_ADD)
+	if errors.Is(err, unix.EOPNOTSUPP) {
+		return fmt.Errorf("cache file %s: its file system cannot hold files under pre-content events (ext4, xfs and btrfs can): move the cache directory: %w", o.path, err)
+	}
+	if err != nil {
+		return fmt.Errorf("mark on cache file %s: %w", o.path, err)
+	}
+	o.marked = true
+	return nil
+}
+
+// unmark makes the kernel stop asking.
+func (o *object) unmark(group *os.File) error {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if !o.marked {
+		return nil
+	}
+	if err := o.changeMark(group, unix.FAN_MARK_REMOVE); err != nil && !errors.Is(err, unix.ENOENT) {
+		return fmt.Errorf("removing the mark of cache file %s: %w", o.path, err)
+	}
+	o.marked = false
+	return nil
+}
+
+// changeMark names the file by descriptor, so that it is the one that was opened whatever happened to its name.
+func (o *object) changeMark(group *os.File, op uint) error {
+	return control(group, func(groupFD int) error {
+		return control(o.seek, func(fd int) error {
+			return unix.FanotifyMark(groupFD, op, unix.FAN_PRE_ACCESS, fd, "")
+		})
+	})
+}
+
+// inUse says whether anything else has the file open: a mount, or a reader that waits. It asks for a write lease, which
+// the kernel gives only to the one opener of a file (fs/locks.c, check_conflicting_open), and gives it back.
+func (o *object) inUse() (bool, error) {
+	file := o.seek
+	if q := o.quiet.Load(); q != nil {
+		file = q
+	}
+	err := control(file, func(fd int) error {
+		if _, err := unix.FcntlInt(uintptr(fd), unix.F_SETLEASE, unix.F_WRLCK); err != nil {
+			return err
+		}
+		_, err := unix.FcntlInt(uintptr(fd), unix.F_SETLEASE, unix.F_UNLCK)
+		return err
+	})
+	if errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.EBUSY) {
+		return true, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("lease on cache file %s: %w", o.path, err)
+	}
+	return false, nil
+}
+
+// adopt keeps a copy of an event's descriptor as the object's quiet one, if it has none.
+func (o *object) adopt(eventFD int) error {
+	fd, err := unix.FcntlInt(uintptr(eventFD), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("cache file %s: keeping the event's descriptor: %w", o.path, err)
+	}
+	f := os.NewFile(uintptr(fd), o.path)
+	if !o.quiet.CompareAndSwap(nil, f) {
+		return f.Close()
+	}
+	return nil
+}
+
+// open returns the quiet descriptor, or ErrNotOpen.
+func (o *object) open() (*os.File, error) {
+	if f := o.quiet.Load(); f != nil {
+		return f, nil
+	}
+	return nil, fmt.Errorf("cache file %s: taken over from another process and not read since: %w", o.path, fscache.ErrNotOpen)
+}
+
+// check refuses ranges outside the file, and writes that are not of whole blocks.
+func (o *object) check(off, n int64, aligned bool) error {
+	if off < 0 || n < 0 || n > o.size || off > o.size-n {
+		return fmt.Errorf("cache file %s: range %d+%d is outside its %d bytes", o.path, off, n, o.size)
+	}
+	if aligned && (off%fscache.BlockSize != 0 || n%fscache.BlockSize != 0) {
+		return fmt.Errorf("cache file %s: range %d+%d is not of whole blocks of %d bytes", o.path, off, n, fscache.BlockSize)
+	}
+	return nil
+}
+
+func (o *object) writeAt(p []byte, off int64) error {
+	if err := o.check(off, int64(len(p)), true); err != nil {
+		return err
+	}
+	f, err := o.open()
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteAt(p, off)
+	return o.ioError("writing", off, err)
+}
+
+func (o *object) readAt(p []byte, off int64) error {
+	if err := o.check(off, int64(len(p)), false); err != nil {
+		return err
+	}
+	f, err := o.open()
+	if err != nil {
+		return err
+	}
+	_, err = f.ReadAt(p, off)
+	if errors.Is(err, io.EOF) {
+		err = io.ErrUnexpectedEOF
+	}
+	return o.ioError("reading", off, err)
+}
+
+func (o *object) drop(e fscache.Extent) error {
+	if err := o.check(e.Off, e.Len, true); err != nil || e.Len == 0 {
+		return err
+	}
+	f, err := o.open()
+	if err != nil {
+		return err
+	}
+	err = control(f, func(fd int) error {
+		return unix.Fallocate(fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, e.Off, e.Len)
+	})
+	return o.ioError("punching a hole into", e.Off, err)
+}
+
+// ioError names the file and maps what the caller compares.
+func (o *object) ioError(doing string, off int64, err error) error {
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, os.ErrClosed):
+		err = fscache.ErrUnknown // removed, or the engine was closed, meanwhile
+	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EDQUOT):
+		err = fmt.Errorf("%w: %w", fscache.ErrNoSpace, err)
+	}
+	return fmt.Errorf("%s cache file %s at %d: %w", doing, o.path, off, err)
+}
+
+// present lists the file's data extents. Preallocated space that was never written is a hole (ext4 and xfs say so).
+func (o *object) present() ([]fscache.Extent, error) {
+	var extents []fscache.Extent
+	err := control(o.seek, func(fd int) error {
+		for off := int64(0); off < o.size; {
+			data, err := unix.Seek(fd, off, unix.SEEK_DATA)
+			if errors.Is(err, unix.ENXIO) {
+				return nil
+			}
+			if err != nil {
+				return err
+			}
+			hole, err := unix.Seek(fd, data, unix.SEEK_HOLE)
+			if err != nil {
+				return err
+			}
+			hole = min(hole, o.size)
+			if hole <= data {
+				return nil
+			}
+			extents = append(extents, fscache.Extent{Off: data, Len: hole - data})
+			off = hole
+		}
+		return nil
+	})
+	return extents, o.ioError("finding the data of", 0, err)
+}
+
+// sync makes the file's data durable, and once, that it exists.
+func (o *object) sync() error {
+	f := o.quiet.Load()
+	if f == nil {
+		f = o.seek // fdatasync raises no event
+	}
+	if err := control(f, unix.Fdatasync); err != nil {
+		return o.ioError("syncing", 0, err)
+	}
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.dirSynced {
+		return nil
+	}
+	domain := filepath.Dir(o.path)
+	for _, dir := range []string{domain, filepath.Dir(domain)} {
+		if err := syncDir(dir); err != nil {
+			return err
+		}
+	}
+	o.dirSynced = true
+	return nil
+}
+
+func syncDir(path string) error {
+	d, err := os.Open(path)
+	if err != nil {
+		return fmt.Errorf("syncing a directory: %w", err)
+	}
+	defer d.Close()
+	if err := d.Sync(); err != nil {
+		return fmt.Errorf("syncing directory %s: %w", path, err)
+	}
+	return nil
+}
+
+// close closes the descriptors.
+func (o *object) close() error {
+	err := o.seek.Close()
+	if q := o.quiet.Load(); q != nil && q != o.seek {
+		err = errors.Join(err, q.Close())
+	}
+	return err
+}
