@@ -97,6 +97,9 @@ func NewTable(rows []Chunk, size, stored uint64, algo DigestAlgo) (*Table, error
 	if size > MaxObjectSize || stored > MaxStoredSize {
 		return nil, fmt.Errorf("%w: object of %d bytes in a blob of %d bytes is over the limit (%d, %d)", ErrTable, size, stored, uint64(MaxObjectSize), uint64(MaxStoredSize))
 	}
+	if algo != Blake3 && algo != SHA256 {
+		return nil, fmt.Errorf("%w: unknown digest algorithm %s", ErrTable, algo)
+	}
 	if len(rows) > MaxChunks {
 		return nil, fmt.Errorf("%w: %d rows, at most %d are possible", ErrTable, len(rows), MaxChunks)
 	}
@@ -115,6 +118,8 @@ func NewTable(rows []Chunk, size, stored uint64, algo DigestAlgo) (*Table, error
 			return nil, fmt.Errorf("%w: row %d at offset %d, %d bytes, ends after the object (%d bytes)", ErrTable, i, c.Offset, c.Size, size)
 		case c.BlobOffset > stored || uint64(c.Stored) > stored-c.BlobOffset:
 			return nil, fmt.Errorf("%w: row %d is stored at %d, %d bytes, outside the blob's data (%d bytes)", ErrTable, i, c.BlobOffset, c.Stored, stored)
+		case c.Codec > CodecZstd:
+			return nil, fmt.Errorf("%w: row %d has the unknown compression %s", ErrTable, i, c.Codec)
 		case c.Codec == CodecNone && c.Stored != 0 && c.Stored != c.Size:
 			return nil, fmt.Errorf("%w: row %d is not compressed, yet has %d bytes stored for %d", ErrTable, i, c.Stored, c.Size)
 		case c.Stored > MaxChunkSize+MaxChunkSize/128+1024:

@@ -11,4 +11,7 @@
 //   - a Table covers every byte of its object exactly once, gaps between chunks included (as zero rows);
 //   - a row's digest is over the uncompressed bytes, and nothing decoded is handed on before [Digest] was checked (I3);
 //   - every value that comes from an image was bounded against the limits below before memory was allocated (I9).
+//
+// Dependency: github.com/zeebo/blake3, whose assembly takes 2.4 us for 4 KiB and 250 us for 1 MiB (AVX2) and allocates
+// nothing; lukechampine.com/blake3 takes 29 us and 450 us, and small files are most files.
 package rafs

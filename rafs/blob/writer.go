@@ -11,6 +11,8 @@ import (
 	"sync"
 	"sync/atomic"
 
+	"github.com/pierrec/lz4/v4"
+
 	"holdfast/rafs"
 	"holdfast/rafs/tree"
 )
@@ -245,6 +247,10 @@ func (w *Writer) Stats() Stats {
 // finding it here spares compressing and changes nothing else.
 func (w *Writer) compress(c compressor) {
 	for b := range w.work {
+		if b.out == nil && w.o.Codec != rafs.CodecNone {
+			// What is stored is never longer than its chunk, so that there is always room to try the next.
+			b.out = make([]byte, 0, len(b.in)+lz4.CompressBlockBound(int(w.o.ChunkSize)))
+		}
 		for i := range b.pieces {
 			p := &b.pieces[i]
 			if p.zero = allZero(p.p); p.zero {
