@@ -1,0 +1,164 @@
+package convert
+
+import (
+	"archive/tar"
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"io"
+	"maps"
+	"slices"
+	"time"
+
+	"github.com/klauspost/compress/gzip"
+	"github.com/opencontainers/go-digest"
+	"github.com/opencontainers/image-spec/specs-go"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// How RAFS images are packed as OCI images: FORMATS.md 1.12.
+const (
+	mediaTypeBlob       = "application/vnd.oci.image.layer.nydus.blob.v1"
+	annotationBlob      = "containerd.io/snapshot/nydus-blob"
+	annotationBootstrap = "containerd.io/snapshot/nydus-bootstrap"
+	annotationVersion   = "containerd.io/snapshot/nydus-fs-version"
+	osFeature           = "nydus.remoteimage.v1"
+	bootstrapPath       = "image/image.boot"
+)
+
+// A packed document is ready to be stored.
+type document struct {
+	desc ocispec.Descriptor
+	body []byte
+}
+
+func newDocument(mediaType string, v any) (document, error) {
+	b, err := json.Marshal(v)
+	return document{descriptor(mediaType, b), b}, err
+}
+
+// bootstrapLayer packs a bootstrap as the last layer of an image, and returns it with its DiffID. The headers say nothing
+// that the content does not.
+func bootstrapLayer(boot []byte) (document, digest.Digest, error) {
+	var out bytes.Buffer
+	z, err := gzip.NewWriterLevel(&out, gzip.DefaultCompression)
+	if err != nil {
+		return document{}, "", err
+	}
+	diff := digest.SHA256.Digester()
+	t := tar.NewWriter(io.MultiWriter(diff.Hash(), z))
+	for _, f := range []struct {
+		name string
+		mode int64
+		typ  byte
+		body []byte
+	}{{"image/", 0o755, tar.TypeDir, nil}, {bootstrapPath, 0o444, tar.TypeReg, boot}} {
+		h := &tar.Header{Name: f.name, Mode: f.mode, Typeflag: f.typ, Size: int64(len(f.body)), ModTime: time.Unix(0, 0), Format: tar.FormatUSTAR}
+		if err := t.WriteHeader(h); err != nil {
+			return document{}, "", err
+		}
+		if _, err := t.Write(f.body); err != nil {
+			return document{}, "", err
+		}
+	}
+	if err := t.Close(); err != nil {
+		return document{}, "", err
+	}
+	if err := z.Close(); err != nil {
+		return document{}, "", err
+	}
+	d := document{descriptor(ocispec.MediaTypeImageLayerGzip, out.Bytes()), out.Bytes()}
+	d.desc.Annotations = map[string]string{annotationBootstrap: "true", annotationVersion: "6"}
+	return d, diff.Digest(), nil
+}
+
+// blobDescriptor is the descriptor of a blob layer, whose DiffID is its digest.
+func blobDescriptor(b madeBlob) ocispec.Descriptor {
+	return ocispec.Descriptor{
+		MediaType:   mediaTypeBlob,
+		Digest:      digest.NewDigestFromEncoded(digest.SHA256, b.info.ID),
+		Size:        b.size,
+		Annotations: map[string]string{annotationBlob: "true"},
+	}
+}
+
+// rewriteConfig returns a configuration for other layers; everything else in it stays, fields unknown here included. kept
+// says which of the source's layers live on as a blob layer.
+func rewriteConfig(config []byte, diffIDs []digest.Digest, kept []bool) (document, error) {
+	fields := make(map[string]json.RawMessage)
+	if err := json.Unmarshal(config, &fields); err != nil {
+		return document{}, fmt.Errorf("read the image's configuration: %w", err)
+	}
+	var err error
+	if fields["rootfs"], err = json.Marshal(ocispec.RootFS{Type: "layers", DiffIDs: diffIDs}); err != nil {
+		return document{}, err
+	}
+	if h := fields["history"]; h != nil {
+		if fields["history"], err = rewriteHistory(h, kept); err != nil {
+			return document{}, err
+		}
+		if fields["history"] == nil {
+			delete(fields, "history")
+		}
+	}
+	return newDocument(ocispec.MediaTypeImageConfig, fields)
+}
+
+// rewriteHistory marks the steps whose layers are gone as empty, and adds the bootstrap's. A history that does not fit its
+// layers is dropped: nil.
+func rewriteHistory(old json.RawMessage, kept []bool) (json.RawMessage, error) {
+	var steps []map[string]json.RawMessage
+	if err := json.Unmarshal(old, &steps); err != nil {
+		return nil, fmt.Errorf("read the history in the image's configuration: %w", err)
+	}
+	i := 0
+	for _, s := range steps {
+		if s == nil || string(s["empty_layer"]) == "true" {
+			continue
+		}
+		if i == len(kept) {
+			return nil, nil
+		}
+		if !kept[i] {
+			s["empty_layer"] = json.RawMessage("true")
+		}
+		i++
+	}
+	if len(steps) == 0 || i != len(kept) {
+		return nil, nil
+	}
+	steps = append(steps, map[string]json.RawMessage{
+		"created_by": json.RawMessage(`"holdfast convert"`),
+		"comment":    json.RawMessage(`"RAFS bootstrap"`),
+	})
+	return json.Marshal(steps)
+}
+
+// newManifest packs an image's manifest.
+func newManifest(config ocispec.Descriptor, layers []ocispec.Descriptor, annotations map[string]string) (document, error) {
+	return newDocument(ocispec.MediaTypeImageManifest, ocispec.Manifest{
+		Versioned:   specs.Versioned{SchemaVersion: 2},
+		MediaType:   ocispec.MediaTypeImageManifest,
+		Config:      config,
+		Layers:      layers,
+		Annotations: maps.Clone(annotations),
+	})
+}
+
+// newIndex packs the index of images for several platforms.
+func newIndex(manifests []ocispec.Descriptor) (document, error) {
+	return newDocument(ocispec.MediaTypeImageIndex, ocispec.Index{
+		Versioned: specs.Versioned{SchemaVersion: 2},
+		MediaType: ocispec.MediaTypeImageIndex,
+		Manifests: manifests,
+	})
+}
+
+// rafsPlatform is p as it stands in a descriptor of a RAFS image, which runtimes that cannot mount one skip.
+func rafsPlatform(p ocispec.Platform) *ocispec.Platform {
+	p.OSFeatures = slices.Clone(p.OSFeatures)
+	if !slices.Contains(p.OSFeatures, osFeature) {
+		p.OSFeatures = append(p.OSFeatures, osFeature)
+	}
+	return &p
+}
