@@ -1,0 +1,321 @@
+package handover
+
+import (
+	"bufio"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"go.uber.org/zap"
+	"golang.org/x/sys/unix"
+)
+
+// The test binary is also the keeper, its trampoline and the daemon of these tests, by its first argument.
+func TestMain(m *testing.M) {
+	if len(os.Args) > 1 {
+		switch os.Args[1] {
+		case "role=exec":
+			fmt.Fprintln(os.Stderr, Exec(os.Args[2:]))
+			os.Exit(127)
+		case "role=keep":
+			os.Exit(keepRole(os.Args[2], os.Args[3:]))
+		case "role=daemon":
+			os.Exit(daemonRole(os.Args[2]))
+		}
+	}
+	before := openFDs("self")
+	code := m.Run()
+	if after := openFDs("self"); code == 0 && len(after) > len(before) {
+		fmt.Fprintf(os.Stderr, "descriptors left open: %q before, %q after\n", before, after)
+		code = 1
+	}
+	os.Exit(code)
+}
+
+func keepRole(dir string, command []string) int {
+	log := zap.Must(zap.NewDevelopment())
+	code, err := Keep(KeepOptions{Command: command, Trampoline: []string{os.Args[0], "role=exec"}, Dir: dir, Log: log})
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "error:", err)
+		return 99
+	}
+	return code
+}
+
+// daemonRole says hello on the control socket and does what it is told there, a line at a time.
+func daemonRole(control string) int {
+	conn, err := net.Dial("unix", control)
+	if err != nil {
+		return 98
+	}
+	files, err := Inherited()
+	if err != nil {
+		fmt.Fprintln(conn, err)
+		return 97
+	}
+	store, err := OpenStore()
+	if err != nil {
+		fmt.Fprintln(conn, err)
+		return 96
+	}
+	d := &daemon{store: store, files: files}
+	names := make([]string, 0, len(files))
+	for name := range files {
+		names = append(names, name)
+	}
+	slices.Sort(names)
+	fmt.Fprintln(conn, os.Getpid(), strings.Join(names, ","))
+	for in := bufio.NewScanner(conn); in.Scan(); {
+		answer, err := d.do(strings.Fields(in.Text()))
+		if err != nil {
+			answer = "error: " + err.Error()
+		}
+		fmt.Fprintln(conn, answer)
+	}
+	return 0
+}
+
+type daemon struct {
+	store *Store
+	files map[string]*os.File
+}
+
+func (d *daemon) do(line []string) (string, error) {
+	switch line[0] {
+	case "push": // push NAME: a memfd that holds NAME's own name
+		f, err := memFile(line[1])
+		if err != nil {
+			return "", err
+		}
+		return "ok", d.store.Push(line[1], f)
+	case "push-and-die": // no barrier, no time
+		f, err := memFile(line[1])
+		if err != nil {
+			return "", err
+		}
+		err = d.store.send("FDSTORE=1\nFDNAME="+line[1], unix.UnixRights(int(f.Fd())))
+		if err != nil {
+			return "", err
+		}
+		return "", syscall.Kill(os.Getpid(), syscall.SIGKILL)
+	case "remove":
+		return "ok", d.store.Remove(line[1])
+	case "ready":
+		// The barrier makes the answer come after the keeper knows.
+		return "ok", errorsJoin(d.store.Notify("READY=1\nSTATUS=all is well"), d.store.barrier())
+	case "read":
+		b, err := io.ReadAll(io.NewSectionReader(d.files[line[1]], 0, 100))
+		return string(b), err
+	case "cloexec":
+		flags, err := unix.FcntlInt(d.files[line[1]].Fd(), unix.F_GETFD, 0)
+		return strconv.FormatBool(flags&unix.FD_CLOEXEC != 0), err
+	case "env":
+		return strconv.Quote(os.Getenv(line[1])), nil
+	case "exit":
+		code, err := strconv.Atoi(line[1])
+		if err == nil {
+			os.Exit(code)
+		}
+		return "", err
+	}
+	return "", fmt.Errorf("unknown command %q", line)
+}
+
+func errorsJoin(errs ...error) error {
+	for _, err := range errs {
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func memFile(content string) (*os.File, error) {
+	fd, err := unix.MemfdCreate(content, unix.MFD_CLOEXEC)
+	if err != nil {
+		return nil, err
+	}
+	f := os.NewFile(uintptr(fd), content)
+	_, err = f.WriteString(content)
+	return f, err
+}
+
+// A keeperUnderTest is a real keeper process whose daemons talk to the test.
+type keeperUnderTest struct {
+	t       *testing.T
+	dir     string
+	cmd     *exec.Cmd
+	log     chan string
+	control *net.UnixListener
+	exited  chan int
+}
+
+// patience bounds every wait for an event in these tests; it is long because a loaded machine is slow.
+const patience = 60 * time.Second
+
+func startKeeper(t *testing.T, command ...string) *keeperUnderTest {
+	t.Helper()
+	k := &keeperUnderTest{t: t, dir: t.TempDir(), log: make(chan string, 10000), exited: make(chan int, 1)}
+	control := filepath.Join(k.dir, "control")
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: control, Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	k.control = l
+	if len(command) == 0 {
+		command = []string{os.Args[0], "role=daemon", control}
+	}
+	k.cmd = exec.Command(os.Args[0], slices.Concat([]string{"role=keep", k.dir}, command)...)
+	stderr, err := k.cmd.StderrPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := k.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	go func() { // ends with the keeper and its command; the cleanup waits for exited
+		for in := bufio.NewScanner(stderr); in.Scan(); {
+			k.log <- in.Text()
+		}
+		_ = k.cmd.Wait()
+		k.exited <- k.cmd.ProcessState.ExitCode()
+		close(k.exited)
+	}()
+	t.Cleanup(func() {
+		_ = k.cmd.Process.Kill() // its daemons end when their control connection closes
+		_ = l.Close()
+		for range k.exited {
+		}
+		if t.Failed() {
+			close(k.log)
+			for line := range k.log {
+				t.Log("keeper:", line)
+			}
+		}
+	})
+	return k
+}
+
+// A talk is the control connection to one daemon process.
+type talk struct {
+	t     *testing.T
+	conn  net.Conn
+	in    *bufio.Reader
+	pid   int
+	names string
+}
+
+// next returns the next daemon that the keeper starts.
+func (k *keeperUnderTest) next() *talk {
+	k.t.Helper()
+	_ = k.control.SetDeadline(time.Now().Add(patience))
+	conn, err := k.control.Accept()
+	if err != nil {
+		k.t.Fatal("no daemon was started: ", err)
+	}
+	k.t.Cleanup(func() { conn.Close() })
+	d := &talk{t: k.t, conn: conn, in: bufio.NewReader(conn)}
+	hello := d.line()
+	pid, names, _ := strings.Cut(hello, " ")
+	if d.pid, err = strconv.Atoi(pid); err != nil {
+		k.t.Fatalf("the daemon failed: %s", hello)
+	}
+	d.names = names
+	return d
+}
+
+func (d *talk) line() string {
+	d.t.Helper()
+	_ = d.conn.SetReadDeadline(time.Now().Add(patience))
+	s, err := d.in.ReadString('\n')
+	if err != nil {
+		d.t.Fatal("the daemon did not answer: ", err)
+	}
+	return strings.TrimSuffix(s, "\n")
+}
+
+func (d *talk) say(line string) { fmt.Fprintln(d.conn, line) }
+
+func (d *talk) ask(line, want string) {
+	d.t.Helper()
+	d.say(line)
+	if got := d.line(); got != want {
+		d.t.Fatalf("%s: got %q, want %q", line, got, want)
+	}
+}
+
+func (d *talk) kill(s syscall.Signal) {
+	d.t.Helper()
+	if err := syscall.Kill(d.pid, s); err != nil {
+		d.t.Fatal(err)
+	}
+}
+
+func (k *keeperUnderTest) signal(s syscall.Signal) {
+	k.t.Helper()
+	if err := k.cmd.Process.Signal(s); err != nil {
+		k.t.Fatal(err)
+	}
+}
+
+// logged waits until the keeper logs something with that text in it.
+func (k *keeperUnderTest) logged(text string) {
+	k.t.Helper()
+	timeout := time.After(patience)
+	for {
+		select {
+		case line := <-k.log:
+			if strings.Contains(line, text) {
+				return
+			}
+		case <-timeout:
+			k.t.Fatalf("the keeper did not log %q", text)
+		}
+	}
+}
+
+func (k *keeperUnderTest) wantExit(want int) {
+	k.t.Helper()
+	select {
+	case got := <-k.exited:
+		if got != want {
+			k.t.Fatalf("the keeper ended with code %d, want %d", got, want)
+		}
+	case <-time.After(patience):
+		k.t.Fatal("the keeper did not end")
+	}
+}
+
+// holds counts the memfds of that content that the keeper has open.
+func (k *keeperUnderTest) holds(name string) int {
+	n := 0
+	for _, link := range openFDs(strconv.Itoa(k.cmd.Process.Pid)) {
+		if strings.Contains(link, "memfd:"+name+" ") {
+			n++
+		}
+	}
+	return n
+}
+
+// openFDs returns what the descriptors of a process point to, without the runtime's own.
+func openFDs(pid string) []string {
+	dir := "/proc/" + pid + "/fd"
+	entries, _ := os.ReadDir(dir)
+	var links []string
+	for _, e := range entries {
+		link, err := os.Readlink(filepath.Join(dir, e.Name()))
+		if err == nil && !strings.Contains(link, "eventpoll") && !strings.Contains(link, "eventfd") && !strings.Contains(link, "pidfd") {
+			links = append(links, link)
+		}
+	}
+	return links
+}
