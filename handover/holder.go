@@ -206,6 +206,9 @@ func parseControl(oob []byte) (fds []int, from *unix.Ucred, err error) {
 		}
 		switch m.Header.Type {
 		case unix.SCM_RIGHTS:
+			if len(m.Data)%4 != 0 { // ParseUnixRights would read past the end
+				return fds, from, fmt.Errorf("control message: %d bytes of descriptors", len(m.Data))
+			}
 			got, err := unix.ParseUnixRights(m)
 			if err != nil {
 				return fds, from, fmt.Errorf("control message: %w", err)
