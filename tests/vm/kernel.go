@@ -35,7 +35,7 @@ func EnsureKernel(ctx context.Context, series string, progress io.Writer) (strin
 	if err != nil {
 		return "", fmt.Errorf("building the test kernel: no configuration for series %q: %w", series, err)
 	}
-	if err := ensurePackages(ctx, log, kernelPackages(series)); err != nil {
+	if err := EnsurePackages(ctx, log, kernelPackages(series)); err != nil {
 		return "", fmt.Errorf("building test kernel %s: %w", series, err)
 	}
 	b := kernelBuild{series: series, fragment: fragment, log: log}

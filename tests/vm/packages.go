@@ -16,9 +16,9 @@ func kernelPackages(series string) []string {
 	return []string{"linux-source-" + series, "gcc", "make", "flex", "bison", "bc", "libelf-dev", "libssl-dev", "xz-utils"}
 }
 
-// ensurePackages makes sure that the named Debian packages are installed. As root it installs what is missing; otherwise the
+// EnsurePackages makes sure that the named Debian packages are installed. As root it installs what is missing; otherwise the
 // error is the command to run.
-func ensurePackages(ctx context.Context, log func(string), names []string) error {
+func EnsurePackages(ctx context.Context, log func(string), names []string) error {
 	missing := missingPackages(ctx, names)
 	if len(missing) == 0 {
 		return nil

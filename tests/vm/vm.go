@@ -131,7 +131,7 @@ func (cfg *Config) fill(ctx context.Context) error {
 		cfg.DiskSize = DefaultDiskSize
 	}
 	log := func(s string) { fmt.Fprintln(cfg.Stderr, "vm:", s) }
-	if err := ensurePackages(ctx, log, qemuPackages); err != nil {
+	if err := EnsurePackages(ctx, log, qemuPackages); err != nil {
 		return err
 	}
 	if cfg.Kernel == "" {
