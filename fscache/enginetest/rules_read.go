@@ -88,6 +88,7 @@ func eachRequestGoesToOneCaller(t *testing.T, h Harness) {
 	}
 	seen := make(map[fscache.Request]bool)
 	ids := make(map[uint64]bool)
+	var reqs []fscache.Request
 	for range done {
 		req := r.request()
 		at := fscache.Request{Off: req.Off, Len: req.Len}
@@ -95,9 +96,15 @@ func eachRequestGoesToOneCaller(t *testing.T, h Harness) {
 			t.Errorf("request %v was handed out twice", req)
 		}
 		seen[at], ids[req.ID] = true, true
-		defer r.fill(req)
+		reqs = append(reqs, req)
 	}
 	r.noRequest()
+	for _, req := range reqs {
+		r.fill(req)
+	}
+	for i := range done {
+		r.get(done[i], a.Key, int64(i)*2*page)
+	}
 }
 
 func secondAnswerIsRefused(t *testing.T, h Harness) {
@@ -247,6 +254,35 @@ func unansweredRequestSurvives(t *testing.T, h Harness) {
 	done = s.read(dir, a.Key, 40*page, page)
 	s.fill(s.request())
 	s.get(done, a.Key, 40*page)
+}
+
+func frozenEngineAnswers(t *testing.T, h Harness) {
+	r := newRig(t, h, nil)
+	r.start(2)
+	a := blob("d", "a")
+	dir := r.mount("image", a)
+	done := r.read(dir, a.Key, 0, page)
+	req := r.request()
+	for range 2 {
+		if err := r.e.Freeze(); err != nil {
+			t.Fatalf("Freeze: %v", err)
+		}
+	}
+	r.loops.Wait()
+	late := r.read(dir, a.Key, 64*page, page)
+	if _, err := r.e.Next(); !errors.Is(err, fscache.ErrClosed) {
+		t.Errorf("Next after Freeze: %v, want ErrClosed", err)
+	}
+	r.asleep(done)
+	r.fill(req)
+	r.get(done, a.Key, 0)
+	r.asleep(late)
+
+	// What was not read is the successor's.
+	lifeline, mounts := r.handOver()
+	s := r.successor(lifeline, mounts)
+	s.fill(s.request())
+	s.get(late, a.Key, 64*page)
 }
 
 // successor opens an engine that takes over what r's had.

@@ -20,6 +20,7 @@ var rules = []struct {
 	{"SlowObjectDelaysItsOwnReadersOnly", slowObjectDelaysItsOwnReaders},
 	{"KilledReaderDisturbsNobody", killedReaderDisturbsNobody},
 	{"CloseUnblocksNext", closeUnblocksNext},
+	{"FrozenEngineAnswersButReadsNoMore", frozenEngineAnswers},
 	{"ClosedEngineRefusesEverything", closedEngineRefuses},
 	{"UnansweredRequestSurvivesTheProcess", unansweredRequestSurvives},
 	{"AddAgainChangesNothing", addAgainChangesNothing},

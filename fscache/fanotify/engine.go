@@ -47,9 +47,10 @@ type Engine struct {
 	byInode map[inode]*object
 	pending map[int32]pendingEvent // by event descriptor
 	limit   int                    // how many pending events are let in
-	room    sync.Cond              // pending shrank, or closed
+	room    sync.Cond              // pending shrank, or frozen
 	token   uint64
-	closed  bool
+	frozen  bool // Next is over
+	closed  bool // everything is; implies frozen
 }
 
 // A pendingEvent is one we own the descriptor of and have not answered.
@@ -266,11 +267,27 @@ func (e *Engine) Sync(k fscache.Key) error {
 	return o.sync()
 }
 
+// Freeze implements fscache.Engine. An event that a Next has read when Freeze comes is still returned by it.
+func (e *Engine) Freeze() error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.frozen {
+		return nil
+	}
+	e.frozen = true
+	e.room.Broadcast()
+	if err := e.group.SetReadDeadline(time.Unix(1, 0)); err != nil {
+		return fmt.Errorf("waking readers of the fanotify group: %w", err)
+	}
+	return nil
+}
+
 // Close implements fscache.Engine. If nobody else holds the group, the kernel now lets every waiting reader on, and
 // all that follow, onto whatever is in the files: see I4.
 func (e *Engine) Close() error {
 	e.adding.Lock()
 	defer e.adding.Unlock()
+	err := e.Freeze()
 	e.mu.Lock()
 	if e.closed {
 		e.mu.Unlock()
@@ -279,14 +296,11 @@ func (e *Engine) Close() error {
 	e.closed = true
 	events := e.pending
 	e.pending = nil
-	e.room.Broadcast()
 	e.mu.Unlock()
-
-	_ = e.group.SetReadDeadline(time.Unix(1, 0)) // wakes Next; it fails only on a file that cannot wait
 	for fd := range events {
 		_ = unix.Close(int(fd))
 	}
-	return e.closeFiles()
+	return errors.Join(err, e.closeFiles())
 }
 
 // closeFiles closes the objects and then the group.

@@ -56,10 +56,10 @@ func (e *Engine) read() (Event, error) {
 func (e *Engine) waitForRoom() error {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	for len(e.pending) >= e.limit && !e.closed {
+	for len(e.pending) >= e.limit && !e.frozen {
 		e.room.Wait()
 	}
-	if e.closed {
+	if e.frozen {
 		return fscache.ErrClosed
 	}
 	return nil
