@@ -1,0 +1,212 @@
+package image
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"holdfast/rafs/blob"
+	"holdfast/rafs/source"
+)
+
+// The files of a saved image.
+const (
+	savedIndex     = "image.json"
+	savedBootstrap = "image.boot"
+)
+
+func savedMeta(n int) string { return fmt.Sprintf("blob-%03d.meta", n) }
+
+// savedVersion is the version of the form below.
+const savedVersion = 1
+
+// saved is what image.json holds.
+type saved struct {
+	Version   int         `json:"version"`
+	Ref       string      `json:"ref"`
+	Digest    string      `json:"digest"`
+	Bootstrap string      `json:"bootstrap"` // digest of image.boot
+	Blobs     []savedBlob `json:"blobs"`
+}
+
+type savedBlob struct {
+	ID   string `json:"id"`
+	Size int64  `json:"size"` // of the blob file
+	Meta string `json:"meta"` // digest of the blob's file of chunk information
+}
+
+// Limits on saved files; what is longer was not written by Save.
+const (
+	maxSavedIndex = 1 << 20
+	maxSavedMeta  = 1 << 30 // a blob of 1<<24 chunks has 56 bytes for each
+)
+
+// Save writes all of the image but the blobs' data to the directory dir, for [Load]. What dir held before is replaced. A crash
+// leaves the old directory, the new one, or none, and possibly another one with a name that begins with dir's; never a mixture.
+// Bootstrap must not have been set to nil.
+func (i *Image) Save(dir string) error {
+	if err := i.save(dir); err != nil {
+		return fmt.Errorf("save image %s: %w", i.Ref, err)
+	}
+	return nil
+}
+
+func (i *Image) save(dir string) error {
+	if i.Bootstrap == nil {
+		return errors.New("its bootstrap is no longer in memory")
+	}
+	dir = filepath.Clean(dir)
+	parent := filepath.Dir(dir)
+	if err := os.MkdirAll(parent, 0o700); err != nil {
+		return err
+	}
+	tmp, err := os.MkdirTemp(parent, filepath.Base(dir)+".new-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(tmp) // is gone by then when all went well
+	if err := i.writeTo(tmp); err != nil {
+		return err
+	}
+	if err := replace(tmp, dir); err != nil {
+		return err
+	}
+	return syncFile(parent)
+}
+
+// writeTo writes and syncs the files of the image.
+func (i *Image) writeTo(dir string) error {
+	s := saved{Version: savedVersion, Ref: i.Ref, Digest: i.Digest, Bootstrap: sum(i.Bootstrap)}
+	if err := writeFile(filepath.Join(dir, savedBootstrap), i.Bootstrap); err != nil {
+		return err
+	}
+	for n, b := range i.Blobs {
+		m, err := b.meta.MarshalBinary()
+		if err != nil {
+			return err
+		}
+		if err := writeFile(filepath.Join(dir, savedMeta(n)), m); err != nil {
+			return err
+		}
+		s.Blobs = append(s.Blobs, savedBlob{ID: b.Info.ID, Size: b.Source.Size(), Meta: sum(m)})
+	}
+	b, err := json.MarshalIndent(s, "", "\t")
+	if err != nil {
+		return err
+	}
+	if err := writeFile(filepath.Join(dir, savedIndex), b); err != nil {
+		return err
+	}
+	return syncFile(dir)
+}
+
+// replace renames tmp to dir, which may exist.
+func replace(tmp, dir string) error {
+	err := os.Rename(tmp, dir)
+	if err == nil || !errors.Is(err, os.ErrExist) {
+		return err
+	}
+	old := tmp + ".old"
+	if err := os.Rename(dir, old); err != nil {
+		return err
+	}
+	if err := os.Rename(tmp, dir); err != nil {
+		return errors.Join(err, os.Rename(old, dir))
+	}
+	return os.RemoveAll(old)
+}
+
+func writeFile(path string, b []byte) error {
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(b)
+	return errors.Join(err, f.Sync(), f.Close())
+}
+
+func syncFile(path string) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	return errors.Join(f.Sync(), f.Close())
+}
+
+// Load opens an image that [Image.Save] wrote to dir. Nothing but dir is read: registries and blob files are opened when a
+// source is first read. Errors name the file, and wrap [ErrFormat] if its content is not what Save wrote: delete the directory
+// and open the image anew.
+func Load(dir string, o Options) (*Image, error) {
+	b, err := readFile(filepath.Join(dir, savedIndex), maxSavedIndex)
+	if err != nil {
+		return nil, fmt.Errorf("load image: %w", err)
+	}
+	var s saved
+	if err := json.Unmarshal(b, &s); err != nil {
+		return nil, fmt.Errorf("load image: %w", bad("%s: %w", filepath.Join(dir, savedIndex), err))
+	}
+	if s.Version != savedVersion {
+		return nil, fmt.Errorf("load image: %w", bad("%s has version %d, this release knows %d: run the release that wrote it, or delete %s and mount the image anew", filepath.Join(dir, savedIndex), s.Version, savedVersion, dir))
+	}
+	r, err := ParseReference(s.Ref)
+	if err != nil {
+		return nil, fmt.Errorf("load image from %s: %w", dir, err)
+	}
+	img := &Image{Ref: s.Ref, Digest: s.Digest, store: openStore(r, o)}
+	if err := img.load(dir, s); err != nil {
+		img.Close()
+		return nil, fmt.Errorf("load image %s from %s: %w", s.Ref, dir, err)
+	}
+	return img, nil
+}
+
+func (i *Image) load(dir string, s saved) error {
+	var err error
+	if i.Bootstrap, err = readSaved(dir, savedBootstrap, s.Bootstrap, maxBootstrap); err != nil {
+		return err
+	}
+	sb, err := i.readBootstrap()
+	if err != nil {
+		return err
+	}
+	if len(sb.Blobs) != len(s.Blobs) {
+		return bad("%s lists %d blobs, %s %d", savedIndex, len(s.Blobs), savedBootstrap, len(sb.Blobs))
+	}
+	for n, info := range sb.Blobs {
+		saved := s.Blobs[n]
+		if saved.ID != info.ID || !idPattern.MatchString(saved.ID) || saved.Size < 0 {
+			return bad("%s: blob %d is %.80q with %d bytes, want %q", savedIndex, n, saved.ID, saved.Size, info.ID)
+		}
+		raw, err := readSaved(dir, savedMeta(n), saved.Meta, maxSavedMeta)
+		if err != nil {
+			return err
+		}
+		m, err := blob.ParseMeta(raw)
+		if err != nil {
+			return source.Permanent(fmt.Errorf("%s: %w", savedMeta(n), err))
+		}
+		if m.Info().ID != info.ID {
+			return bad("%s is of blob %s, want %s", savedMeta(n), m.Info().ID, info.ID)
+		}
+		b := &Blob{Source: i.store.blob(info.ID, saved.Size)}
+		i.Blobs = append(i.Blobs, b)
+		if err := b.setMeta(m, sb, n); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// readSaved reads a file of a saved image and checks its digest.
+func readSaved(dir, file, want string, limit int64) ([]byte, error) {
+	b, err := readFile(filepath.Join(dir, file), limit)
+	if err != nil {
+		return nil, err
+	}
+	if got := sum(b); got != want {
+		return nil, bad("%s has digest %s, %s says %.80q", file, got, savedIndex, want)
+	}
+	return b, nil
+}
