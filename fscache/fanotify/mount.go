@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
-	"strings"
 
 	"golang.org/x/sys/unix"
 
@@ -137,7 +136,7 @@ func newMount(bootstrap string, devices []string) (int, error) {
 	case errors.Is(err, unix.ENOTBLK):
 		return -1, fmt.Errorf("the kernel cannot mount EROFS from a file (CONFIG_EROFS_FS_BACKED_BY_FILE, Linux 6.12): %w", err)
 	case err != nil:
-		return -1, fmt.Errorf("the kernel refuses the image%s: %w", complaints(fsfd), err)
+		return -1, fmt.Errorf("the kernel refuses the image: %w (its reason is in the kernel log: dmesg | grep erofs)", err)
 	}
 	fd, err := unix.Fsmount(fsfd, unix.FSMOUNT_CLOEXEC, unix.MOUNT_ATTR_RDONLY)
 	if err != nil {
@@ -156,21 +155,4 @@ func setPath(fsfd int, option, path string) error {
 		return fmt.Errorf("option %s=%s: %w", option, path, err)
 	}
 	return nil
-}
-
-// complaints returns what the file system said about a failed mount, for an error (fs/fs_context.c, the message log).
-func complaints(fsfd int) string {
-	var said []string
-	var buf [512]byte
-	for range 8 { // the log holds 8 messages
-		n, err := unix.Read(fsfd, buf[:])
-		if err != nil || n <= 0 {
-			break
-		}
-		said = append(said, strings.TrimSpace(strings.TrimPrefix(string(buf[:n]), "e ")))
-	}
-	if len(said) == 0 {
-		return ""
-	}
-	return " (" + strings.Join(said, "; ") + ")"
 }
