@@ -4,13 +4,16 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"encoding/binary"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"testing"
+	"testing/synctest"
 
 	"pgregory.net/rapid"
 
@@ -70,17 +73,21 @@ func content(rng *rand.Rand, n, maxSize int) [][]byte {
 		case kind == 1 && i > 0:
 			p = chunks[rng.IntN(i)]
 		case kind == 2:
-			for k := range p {
-				p[k] = byte(rng.Uint32())
-			}
+			fill(rng, p, ^uint64(0))
 		default:
-			for k := range p {
-				p[k] = "the quick brown fox jumps over the lazy dog"[rng.IntN(43)&^7]
-			}
+			fill(rng, p, 0x0303030303030303) // four of 256 byte values
 		}
 		chunks[i] = p
 	}
 	return chunks
+}
+
+func fill(rng *rand.Rand, p []byte, mask uint64) {
+	for len(p) > 0 {
+		var v [8]byte
+		binary.NativeEndian.PutUint64(v[:], rng.Uint64()&mask)
+		p = p[copy(p, v[:]):]
+	}
 }
 
 // write makes a blob of chunks, with a bootstrap if boot is not empty.
@@ -266,9 +273,7 @@ func TestChunkEqualToOneOfEarlierLayerIsNotStored(t *testing.T) {
 func TestChunkThatDoesNotShrinkIsStoredRaw(t *testing.T) {
 	random := make([]byte, 5000)
 	rng := rand.New(rand.NewPCG(4, 4))
-	for i := range random {
-		random[i] = byte(rng.Uint32())
-	}
+	fill(rng, random, ^uint64(0))
 	for _, codec := range []rafs.Codec{rafs.CodecNone, rafs.CodecLZ4, rafs.CodecZstd} {
 		o := small
 		o.Codec = codec
@@ -289,9 +294,7 @@ func TestWriterReportsErrorOfOutput(t *testing.T) {
 	rng := rand.New(rand.NewPCG(5, 5))
 	for range 200 { // more than the buffers take
 		buf := w.Buffer(64 << 10)
-		for i := range buf {
-			buf[i] = byte(rng.Uint32())
-		}
+		fill(rng, buf, ^uint64(0))
 		if err = w.Add(buf, &ref); err != nil {
 			break
 		}
@@ -359,5 +362,47 @@ func TestInfoSealsBlob(t *testing.T) {
 	}
 	if _, err := w.Finish(nil); err != ErrClosed {
 		t.Errorf("second Finish: %v", err)
+	}
+}
+
+// The bubble fails the test if a goroutine is left when the function returns.
+func TestFinishAndCloseEndGoroutines(t *testing.T) {
+	for name, end := range map[string]func(*Writer) error{
+		"Finish": func(w *Writer) error { _, err := w.Finish(nil); return err },
+		"Close":  (*Writer).Close,
+		"both":   func(w *Writer) error { _, err := w.Finish(nil); return errors.Join(err, w.Close()) },
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			w, err := NewWriter(io.Discard, small)
+			if err != nil {
+				t.Fatal(err)
+			}
+			var ref tree.ChunkRef
+			if err := w.Add(w.Buffer(5), &ref); err != nil {
+				t.Fatal(err)
+			}
+			if err := end(w); err != nil {
+				t.Errorf("%s: %v", name, err)
+			}
+		})
+	}
+}
+
+func TestWriterRefusesOptionsThatCannotBe(t *testing.T) {
+	for name, change := range map[string]func(*Options){
+		"chunk size no power of two": func(o *Options) { o.ChunkSize = 5000 },
+		"chunk size too small":       func(o *Options) { o.ChunkSize = 2048 },
+		"chunk size too large":       func(o *Options) { o.ChunkSize = 32 << 20 },
+		"codec not written":          func(o *Options) { o.Codec = rafs.CodecGzip },
+		"digest":                     func(o *Options) { o.Digest = 9 },
+		"blob number zero":           func(o *Options) { o.Blob = 0 },
+		"blob number too large":      func(o *Options) { o.Blob = 255 },
+	} {
+		o := small
+		change(&o)
+		if w, err := NewWriter(io.Discard, o); err == nil {
+			w.Close()
+			t.Errorf("%s: no error", name)
+		}
 	}
 }

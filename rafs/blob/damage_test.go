@@ -132,7 +132,11 @@ func TestNumbersThatCannotBeTrueAreRefused(t *testing.T) {
 		"TOC cut":                     func(i *rafs.BlobInfo) { i.TOCSize = 100; i.TOCDigest = rafs.Digest{} },
 		"TOC not whole entries":       func(i *rafs.BlobInfo) { i.TOCSize--; i.TOCDigest = rafs.Digest{} },
 		"TOC digest":                  func(i *rafs.BlobInfo) { i.TOCDigest[0]++ },
-		"v2 where there is v1":        func(i *rafs.BlobInfo) { i.CISize = uint64(i.ChunkCount) * ciSizeV2 },
+		"data larger than the blob": func(i *rafs.BlobInfo) {
+			i.Features &^= rafs.FeatureCapTarTOC
+			i.StoredSize = rafs.MaxStoredSize
+		},
+		"v2 where there is v1": func(i *rafs.BlobInfo) { i.CISize = uint64(i.ChunkCount) * ciSizeV2 },
 	} {
 		bad := info
 		change(&bad)
@@ -149,6 +153,87 @@ func TestNumbersThatCannotBeTrueAreRefused(t *testing.T) {
 			if !errors.Is(err, ErrFormat) || !source.IsPermanent(err) {
 				t.Errorf("%s, TOC %v: %v", name, toc, err)
 			}
+		}
+	}
+}
+
+// Compressed well, the chunk information of millions of chunks takes a few hundred bytes, and as rows a gigabyte.
+func TestMoreChunksThanBytesAreRefused(t *testing.T) {
+	const n = 100000
+	ci := bytes.Repeat(appendCIv1(nil, rafs.Chunk{Size: 1, Stored: 1}), n)
+	stored := encode(t, rafs.CodecZstd, ci)
+	info := rafs.BlobInfo{
+		ChunkCount: n, Codec: rafs.CodecZstd, Features: rafs.FeatureCapTarTOC, Size: n * rafs.BlockSize,
+		CICodec: rafs.CodecZstd, CIOffset: 1000, CIStored: uint64(len(stored)), CISize: uint64(len(ci)),
+	}
+	h := cctHeader{codec: info.CICodec, entries: n, offset: info.CIOffset, stored: info.CIStored, size: info.CISize}
+	blob := h.append(append(make([]byte, info.CIOffset), stored...))
+	if _, err := ReadMeta(context.Background(), &memory{b: blob}, info); !errors.Is(err, ErrFormat) || !strings.Contains(err.Error(), "100000 chunks in 1000 bytes") {
+		t.Errorf("error %v", err)
+	}
+}
+
+func TestTOCThatContradictsIsRefused(t *testing.T) {
+	good := tocEntry{name: tocMeta, offset: 10, stored: 20, size: 20}
+	for name, change := range map[string]func(b []byte) []byte{
+		"entry outside the blob": func(b []byte) []byte { binary.LittleEndian.PutUint64(b[56:], 981); return b },
+		"entry overflows":        func(b []byte) []byte { binary.LittleEndian.PutUint64(b[56:], 1<<64-1); return b },
+		"raw of another length":  func(b []byte) []byte { b[72]++; return b },
+		"unknown compression":    func(b []byte) []byte { b[0] = 8; return b },
+		"no entry":               func(b []byte) []byte { return nil },
+		"half an entry":          func(b []byte) []byte { return b[:64] },
+		"the same entry twice":   func(b []byte) []byte { return append(b, b...) },
+	} {
+		b := change(good.append(nil))
+		if _, err := parseTOC(appendTarHeader(b, tocSelf, uint64(len(b))), 1000); !errors.Is(err, ErrFormat) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	b := good.append(nil)
+	if _, err := parseTOC(appendTarHeader(b, tocSelf, uint64(len(b))+1), 1000); !errors.Is(err, ErrFormat) {
+		t.Errorf("other size in the tar header: %v", err)
+	}
+	b = appendTarHeader(b, tocSelf, uint64(len(b)))
+	if _, err := parseTOC(b, 1000); err != nil {
+		t.Error(err)
+	}
+	for _, off := range []int{tocEntrySize, tocEntrySize + tarSizeOff, tocEntrySize + tarMagicOff, tocEntrySize + tarSumOff, tocEntrySize + 300} {
+		bad := bytes.Clone(b)
+		bad[off] ^= 1
+		if _, err := parseTOC(bad, 1000); !errors.Is(err, ErrFormat) {
+			t.Errorf("damage at byte %d: %v", off, err)
+		}
+	}
+}
+
+func TestTOCThatContradictsBlobIsRefused(t *testing.T) {
+	blob, info, entries := victim(t)
+	for name, change := range map[string]func(toc) toc{
+		"chunk data elsewhere":   func(t toc) toc { t.find(tocBlob).stored--; return t },
+		"no chunk data":          func(t toc) toc { return t[1:] },
+		"no header":              func(t toc) toc { t.find(tocHeader).name = "x"; return t },
+		"array elsewhere":        func(t toc) toc { t.find(tocMeta).offset--; return t },
+		"fewer digests":          func(t toc) toc { e := t.find(tocDigest); e.size, e.stored = e.size-32, e.stored-32; return t },
+		"compressed digests":     func(t toc) toc { t.find(tocDigest).codec = rafs.CodecZstd; return t },
+		"digests outside":        func(t toc) toc { t.find(tocDigest).offset = uint64(len(blob)) - 100; return t },
+		"chunk information gone": func(t toc) toc { t.find(tocMeta).stored = 0; t.find(tocMeta).size = 0; return t },
+	} {
+		bad := blob[: len(blob)-int(info.TOCSize) : len(blob)-int(info.TOCSize)]
+		start := len(bad)
+		for _, e := range change(slices.Clone(entries)) {
+			bad = e.append(bad)
+		}
+		bad = appendTarHeader(bad, tocSelf, uint64(len(bad)-start))
+		if _, err := FindMeta(context.Background(), &memory{b: bad}, info); !errors.Is(err, ErrFormat) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+func TestSizeBeyondElevenOctalDigitsFitsTarHeader(t *testing.T) {
+	for _, size := range []uint64{0, 1<<33 - 1, 1 << 33, rafs.MaxStoredSize} {
+		if got, err := parseTarHeader(appendTarHeader(nil, tocBlob, size), tocBlob); err != nil || got != size {
+			t.Errorf("%d reads back as %d, %v", size, got, err)
 		}
 	}
 }

@@ -298,9 +298,6 @@ func (w *Writer) commitPiece(p *piece) error {
 		return nil
 	}
 	c := rafs.Chunk{Offset: w.size, BlobOffset: w.stored, Size: uint32(len(p.p)), Stored: uint32(len(p.stored)), Digest: p.digest}
-	if c.Stored != c.Size {
-		c.Codec = w.o.Codec
-	}
 	if len(w.rows) >= rafs.MaxChunks || c.End() > rafs.MaxObjectSize || w.stored+uint64(c.Stored) >= rafs.MaxStoredSize {
 		return fmt.Errorf("the layer does not fit into one blob (at most %d chunks, %d bytes stored): use larger chunks or split it", rafs.MaxChunks, uint64(rafs.MaxStoredSize))
 	}
