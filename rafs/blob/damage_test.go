@@ -115,6 +115,7 @@ func TestNumbersThatCannotBeTrueAreRefused(t *testing.T) {
 	for name, change := range map[string]func(*rafs.BlobInfo){
 		"more chunks than bytes":      func(i *rafs.BlobInfo) { i.ChunkCount = rafs.MaxChunks },
 		"more chunks than possible":   func(i *rafs.BlobInfo) { i.ChunkCount = 1<<32 - 1 },
+		"no chunks":                   func(i *rafs.BlobInfo) { i.ChunkCount = 0 },
 		"fewer chunks":                func(i *rafs.BlobInfo) { i.ChunkCount-- },
 		"array after the end":         func(i *rafs.BlobInfo) { i.CIOffset = 1 << 62 },
 		"array offset overflows":      func(i *rafs.BlobInfo) { i.CIOffset = 1<<64 - 1 },

@@ -77,6 +77,9 @@ func checkInfo(info *rafs.BlobInfo, fileSize uint64) error {
 		return fmt.Errorf("%d bytes, %d stored, are over the limit of the format: %w", info.Size, fileSize, ErrFormat)
 	}
 	if info.ChunkCount == 0 {
+		if info.Size != 0 { // zeros would be read where its builder had data
+			return fmt.Errorf("an object of %d bytes without a chunk: %w", info.Size, ErrFormat)
+		}
 		return nil
 	}
 	data, err := info.DataSize()
