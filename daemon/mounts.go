@@ -1,0 +1,348 @@
+package daemon
+
+import (
+	"cmp"
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"go.uber.org/zap"
+
+	"holdfast/fscache"
+	"holdfast/rafs/image"
+	"holdfast/state"
+)
+
+// mounts is the table of mounted images, and of directories something is being done to.
+type mounts struct {
+	mu    sync.Mutex
+	byDir map[string]*mount
+}
+
+// A mount is an image that is mounted, or being mounted or unmounted.
+type mount struct {
+	record state.Mount
+	ready  bool   // guarded by mounts.mu: mounted, and nobody mounts or unmounts it
+	broken string // why it cannot be served, for one on record whose image cannot be loaded
+
+	image     *image.Image
+	bootstrap *hold
+	blobs     []*hold // by index of image.Blobs
+	gate      gate
+	cancel    context.CancelFunc // of the prefetch; nil: none
+	prefetch  sync.WaitGroup
+}
+
+func newMounts() *mounts { return &mounts{byDir: map[string]*mount{}} }
+
+// reserve takes dir for a mount to be made.
+func (t *mounts) reserve(m *mount) error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if old := t.byDir[m.record.Dir]; old != nil {
+		what := "another mount is being made or unmade there"
+		if old.ready {
+			what = "image " + old.record.Ref + " is mounted there"
+		}
+		return conflict("unmount it first, or choose another directory", "mount on %s: %s", m.record.Dir, what)
+	}
+	t.byDir[m.record.Dir] = m
+	return nil
+}
+
+// take returns the mount on dir for its unmounting; give gives it back.
+func (t *mounts) take(dir string) (*mount, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	m := t.byDir[dir]
+	switch {
+	case m == nil:
+		return nil, notFound("holdfast umount takes the directory as it was given to mount; see holdfast status", "no image of this daemon is mounted on %s", dir)
+	case !m.ready:
+		return nil, conflict("try again later", "%s is being mounted or unmounted", dir)
+	}
+	m.ready = false
+	return m, nil
+}
+
+func (t *mounts) give(m *mount) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	m.ready = true
+}
+
+func (t *mounts) drop(m *mount) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	delete(t.byDir, m.record.Dir)
+}
+
+// list returns the mounts that are ready, by directory.
+func (t *mounts) list() []*mount {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	var all []*mount
+	for _, m := range t.byDir {
+		if m.ready {
+			all = append(all, m)
+		}
+	}
+	slices.SortFunc(all, func(a, b *mount) int { return cmp.Compare(a.record.Dir, b.record.Dir) })
+	return all
+}
+
+// close ends the prefetches and closes the images; what is mounted stays mounted. Nothing may be mounting.
+func (t *mounts) close() (err error) {
+	for _, m := range t.list() {
+		m.stopPrefetch()
+		if m.image != nil {
+			err = errors.Join(err, m.image.Close())
+		}
+	}
+	return err
+}
+
+func (m *mount) stopPrefetch() {
+	if m.cancel != nil {
+		m.cancel()
+	}
+	m.prefetch.Wait()
+}
+
+// mount mounts an image. After an error nothing is left of the attempt but what was downloaded of the image's metadata.
+func (d *Daemon) mount(ctx context.Context, r MountRequest) (m *mount, err error) {
+	m = &mount{record: state.Mount{
+		ID: "mount-" + strings.ToLower(rand.Text()), Ref: r.Image, Dir: r.Dir, Domain: cmp.Or(r.Domain, DefaultDomain),
+		Prefetch: d.opt.Prefetch, PrefetchBPS: d.opt.PrefetchBPS, Created: time.Now().UTC(),
+	}}
+	if r.Prefetch != nil {
+		m.record.Prefetch = *r.Prefetch
+	}
+	if r.PrefetchBPS != nil {
+		m.record.PrefetchBPS = *r.PrefetchBPS
+	}
+	if err := d.admissible(r, m.record.Domain); err != nil {
+		return nil, err
+	}
+	if err := d.mounts.reserve(m); err != nil {
+		return nil, err
+	}
+	var undo undo
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, undo.run())
+		}
+	}()
+	undo.add(func() error { d.mounts.drop(m); return nil })
+	if m.image, err = image.Open(ctx, r.Image, d.opt.Image); err != nil {
+		return nil, unusable(err)
+	}
+	undo.add(m.image.Close)
+	if err := d.attach(ctx, m, &undo); err != nil {
+		return nil, err
+	}
+	d.mounts.give(m)
+	d.tune()
+	d.startPrefetch(m)
+	d.log.Info("mounted", zap.String("image", m.record.Ref), zap.String("digest", m.record.Image), zap.String("dir", m.record.Dir), zap.String("domain", m.record.Domain))
+	return m, nil
+}
+
+// attach saves the opened image, puts the mount on record, makes its objects ready and mounts it.
+// ORDER: the image is saved before it is on record, and on record before it is mounted, so that whatever is found
+// mounted after a crash can be served.
+func (d *Daemon) attach(ctx context.Context, m *mount, undo *undo) error {
+	m.record.Image = m.image.Digest
+	dir, err := d.save(m.image)
+	if err != nil {
+		return err
+	}
+	boot, err := openBootstrap(dir)
+	if err != nil {
+		return err
+	}
+	m.record.Bootstrap = boot.sum
+	saved := state.Image{Digest: m.image.Digest, Ref: m.record.Ref, Size: imageSize(m.image), Created: m.record.Created}
+	if err := d.state.RecordMount(m.record, saved); err != nil {
+		return err
+	}
+	undo.add(func() error { return d.state.ForgetMount(m.record.ID) })
+	undo.add(func() error { return d.letGo(m) })
+	if err := d.holdAll(ctx, m, boot); err != nil {
+		return err
+	}
+	if err := d.engine.Mount(ctx, d.engineMount(m, boot)); err != nil {
+		return mountFailed(err)
+	}
+	return nil
+}
+
+// holdAll makes the objects of m ready.
+func (d *Daemon) holdAll(ctx context.Context, m *mount, boot *bootstrap) (err error) {
+	m.bootstrap, err = d.hold(ctx, fscache.Key{Domain: m.record.Domain, ID: m.record.ID}, boot.table, boot.source, &m.gate)
+	for _, b := range m.image.Blobs {
+		if err != nil {
+			return err
+		}
+		var h *hold
+		if h, err = d.hold(ctx, fscache.Key{Domain: m.record.Domain, ID: b.Info.ID}, b.Table, b.Source, &m.gate); err == nil {
+			m.blobs = append(m.blobs, h)
+		}
+	}
+	return err
+}
+
+// letGo ends m's holds, of which there may be any number. It comes once in a mount's life.
+func (d *Daemon) letGo(m *mount) (err error) {
+	for _, h := range m.blobs {
+		err = errors.Join(err, d.release(h))
+	}
+	if m.bootstrap != nil {
+		err = errors.Join(err, d.release(m.bootstrap))
+	}
+	return err
+}
+
+func (d *Daemon) engineMount(m *mount, boot *bootstrap) fscache.Mount {
+	em := fscache.Mount{
+		Dir:           m.record.Dir,
+		Bootstrap:     fscache.Object{Key: m.bootstrap.o.key, Size: m.bootstrap.o.size()},
+		BootstrapPath: boot.path,
+	}
+	for _, h := range m.blobs {
+		em.Blobs = append(em.Blobs, fscache.Object{Key: h.o.key, Size: h.o.size()})
+	}
+	return em
+}
+
+// startPrefetch brings m in from now on, if its record says so. unmount and close wait for it.
+func (d *Daemon) startPrefetch(m *mount) {
+	if !m.record.Prefetch {
+		return
+	}
+	ctx, cancel := context.WithCancel(d.base)
+	m.cancel = cancel
+	objects := make([]*object, len(m.blobs))
+	for i, h := range m.blobs {
+		objects[i] = h.o
+	}
+	plan := m.image.Plan()
+	m.prefetch.Go(func() {
+		newPrefetch(d.filler, &m.gate, m.record.PrefetchBPS).run(ctx, plan, objects)
+	})
+}
+
+// unmount unmounts what is mounted on dir and forgets it. While files in it are open it changes nothing.
+// ORDER: unmounted first, off the record last, so that a crash between leaves a record of nothing, which is dropped.
+func (d *Daemon) unmount(ctx context.Context, dir string) error {
+	m, err := d.mounts.take(filepath.Clean(dir))
+	if err != nil {
+		return err
+	}
+	if m.broken != "" {
+		d.mounts.give(m)
+		return conflict("unmount it with umount(8); the daemon drops its record when it next starts", "%s cannot be unmounted through the daemon: %s", dir, m.broken)
+	}
+	if err := d.engine.Unmount(ctx, m.record.Dir); err != nil && !d.vanished(m) {
+		d.mounts.give(m)
+		return unmountFailed(err)
+	}
+	m.stopPrefetch()
+	err = errors.Join(d.letGo(m), m.image.Close(), d.state.ForgetMount(m.record.ID))
+	d.mounts.drop(m)
+	d.log.Info("unmounted", zap.String("image", m.record.Ref), zap.String("dir", m.record.Dir), zap.Error(err))
+	return err
+}
+
+// vanished reports whether somebody else has unmounted m.
+func (d *Daemon) vanished(m *mount) bool {
+	points, err := d.mountPoints()
+	_, there := points[m.record.Dir]
+	return err == nil && !there
+}
+
+// admissible refuses requests to mount that cannot work, before anything is fetched for them.
+func (d *Daemon) admissible(r MountRequest, domain string) error {
+	if r.Image == "" {
+		return invalid("give an image: oci:PATH[:TAG], docker://REF or rafs:BOOTSTRAP[,BLOBDIR]", "no image named")
+	}
+	if err := checkDomain(domain); err != nil {
+		return err
+	}
+	if r.PrefetchBPS != nil && *r.PrefetchBPS < 0 {
+		return invalid("give bytes a second, or 0 for no limit", "prefetch limit of %d is negative", *r.PrefetchBPS)
+	}
+	if !filepath.IsAbs(r.Dir) || filepath.Clean(r.Dir) != r.Dir {
+		return invalid("the daemon has a working directory of its own: give the directory's absolute, clean path", "mount on %q: not an absolute, clean path", r.Dir)
+	}
+	fi, err := os.Lstat(r.Dir)
+	switch {
+	case errors.Is(err, os.ErrNotExist):
+		return notFound("make the directory first", "mount on %s: there is no such directory", r.Dir)
+	case err != nil:
+		return invalid("", "mount on %s: %w", r.Dir, err)
+	case fi.Mode()&os.ModeSymlink != 0:
+		return invalid("give the path it leads to", "mount on %s: it is a symbolic link", r.Dir)
+	case !fi.IsDir():
+		return invalid("give a directory", "mount on %s: it is not a directory", r.Dir)
+	}
+	points, err := d.mountPoints()
+	if err != nil {
+		return err
+	}
+	if fstype, ok := points[r.Dir]; ok {
+		return conflict("unmount it first, or choose another directory", "mount on %s: a file system (%s) is mounted there", r.Dir, fstype)
+	}
+	return nil
+}
+
+// checkDomain accepts names that are safe as a directory and as a part of the kernel's volume keys: 1 to 64 of a-z, 0-9,
+// '.', '_' and '-', beginning with a letter or digit.
+func checkDomain(name string) error {
+	const hint = "use 1 to 64 of a-z, 0-9, '.', '_' and '-', beginning with a letter or a digit"
+	if len(name) > 64 {
+		return invalid(hint, "domain name of %d bytes", len(name))
+	}
+	for i, c := range []byte(name) {
+		word := 'a' <= c && c <= 'z' || '0' <= c && c <= '9'
+		if !word && (i == 0 || !strings.ContainsRune("._-", rune(c))) {
+			return invalid(hint, "domain name %q", name)
+		}
+	}
+	return nil
+}
+
+// undo collects what takes a half-done thing back.
+type undo []func() error
+
+func (u *undo) add(f func() error) { *u = append(*u, f) }
+
+// run undoes everything, last first.
+func (u *undo) run() (err error) {
+	for _, f := range slices.Backward(*u) {
+		err = errors.Join(err, f())
+	}
+	return err
+}
+
+// mountFailed and unmountFailed say what the engine's errors mean to who asked.
+func mountFailed(err error) error {
+	if errors.Is(err, fscache.ErrBusy) || errors.Is(err, os.ErrExist) {
+		return conflict("", "%w", err)
+	}
+	return fmt.Errorf("mount: %w", err)
+}
+
+func unmountFailed(err error) error {
+	if errors.Is(err, fscache.ErrBusy) {
+		return conflict("close the files in it (fuser -vm DIR shows who has some open), then try again", "%w", err)
+	}
+	return fmt.Errorf("unmount: %w", err)
+}

@@ -1,0 +1,289 @@
+package daemon
+
+import (
+	"context"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"holdfast/fscache"
+	"holdfast/rafs"
+	"holdfast/rafs/source"
+)
+
+// An object is a cache object and where its bytes come from. A chunk of it is absent, on its way (one fetch has claimed
+// it) or present (verified and written); nothing is allocated for a chunk but these two bits.
+//
+// Nothing blocks while mu is held, and no other lock is taken under it.
+type object struct {
+	key   fscache.Key
+	table *rafs.Table
+	print string        // fingerprint of the table
+	slots chan struct{} // one for each fetch that a reader waits for
+
+	fetched  atomic.Int64 // bytes the sources gave
+	requests atomic.Int64 // ranges asked of the sources
+	served   atomic.Int64 // bytes of requests answered OK
+	inFlight atomic.Int32 // requests of the kernel not answered yet
+	mismatch atomic.Int64 // chunks whose digest was wrong
+	failures atomic.Int64 // fetches that failed
+	refused  atomic.Int64 // requests answered with an error
+
+	mu       sync.Mutex
+	present  bitset
+	flying   bitset // claimed by a fetch; disjoint from present
+	missing  int    // chunks not present
+	epoch    int    // counts reset calls: what was written before one says nothing about the file after it
+	finished bool   // complete, and the engine was told or is being told
+	waiters  []*waiter
+	uses     []*use
+	backoff  backoff
+}
+
+// A use is one mounted image's claim on an object, and the source it brings.
+type use struct {
+	src    source.Source
+	stats  *sourceStats
+	gate   *gate
+	ctx    context.Context // ends when the image is unmounted; fetches through src run under it
+	cancel context.CancelCauseFunc
+	wg     sync.WaitGroup // fetches through src
+}
+
+// A waiter is a reader that waits for chunks others fetch.
+type waiter struct {
+	want span
+	wake chan error // room for one; nil: look again
+}
+
+func newObject(key fscache.Key, table *rafs.Table, print string, slots int) *object {
+	return &object{
+		key: key, table: table, print: print, slots: make(chan struct{}, slots),
+		present: newBitset(table.Len()), flying: newBitset(table.Len()), missing: table.Len(),
+	}
+}
+
+func (o *object) size() int64 { return int64(o.table.Size()) }
+
+// span returns the chunks that [off, off+n) lies in, cut to the object's size.
+func (o *object) span(off, n int64) span {
+	if off < 0 || n <= 0 {
+		return span{}
+	}
+	first, last := o.table.Range(uint64(off), uint64(n))
+	return span{first, last}
+}
+
+// has reports whether all of s is present.
+func (o *object) has(s span) bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.present.all(s)
+}
+
+// absent reports whether a chunk of s is neither present nor on its way.
+func (o *object) absent(s span) bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.present.count(s)+o.flying.count(s) < s.last-s.first
+}
+
+// claim takes for the caller the chunks of want that are absent, and, when nothing else is missing of want, those of the
+// ahead bytes from the first of them (so that a reader never has its answer held up by reading ahead while it waits for
+// another's fetch). Whoever claims hands every chunk to mark or to abandon.
+func (o *object) claim(want span, ahead uint64) (c claimed) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	c.epoch = o.epoch
+	reach := want
+	if !o.flying.any(want) {
+		reach.last = max(want.last, o.window(want, ahead))
+	}
+	for i := reach.first; i < reach.last; i++ {
+		if o.present.has(i) || o.flying.has(i) {
+			continue
+		}
+		if n := len(c.spans); n > 0 && c.spans[n-1].last == i {
+			c.spans[n-1].last++
+		} else {
+			c.spans = append(c.spans, span{i, i + 1})
+		}
+	}
+	for _, s := range c.spans {
+		o.flying.set(s)
+	}
+	return c
+}
+
+// claimed is what one claim took, in order.
+type claimed struct {
+	spans []span
+	epoch int
+}
+
+// window returns the first chunk that starts ahead bytes or more after the first missing chunk of want.
+func (o *object) window(want span, ahead uint64) int {
+	for i := want.first; i < want.last; i++ {
+		if !o.present.has(i) {
+			_, last := o.table.Range(o.table.At(i).Offset, ahead)
+			return last
+		}
+	}
+	return want.last
+}
+
+// mark makes claimed chunks present and wakes who waited for them. It reports whether want is present now, and whether
+// this made the object complete (to one caller only). Chunks claimed before a reset stay absent.
+func (o *object) mark(s span, epoch int, want span) (ready, complete bool) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.flying.clear(s)
+	if epoch == o.epoch {
+		o.missing -= o.present.set(s)
+		o.backoff.reset()
+	}
+	o.wake(s, nil)
+	complete = o.missing == 0 && !o.finished
+	if complete {
+		o.finished = true
+	}
+	return o.present.all(want), complete
+}
+
+// abandon gives up claimed chunks; those who waited for them are told why and try for themselves.
+func (o *object) abandon(s span, err error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.flying.clear(s)
+	o.wake(s, err)
+}
+
+// wake wakes the waiters that s concerns: all of them with an error, else those with nothing left to wait for.
+func (o *object) wake(s span, err error) {
+	kept := o.waiters[:0]
+	for _, w := range o.waiters {
+		if !w.want.overlaps(s) || err == nil && o.flying.any(w.want) {
+			kept = append(kept, w)
+			continue
+		}
+		w.wake <- err
+	}
+	clear(o.waiters[len(kept):])
+	o.waiters = kept
+}
+
+// await waits until nothing of want is on its way, or a fetch of it failed, whose error it returns; or until ctx is done,
+// whose cause it returns.
+func (o *object) await(ctx context.Context, want span) error {
+	o.mu.Lock()
+	if !o.flying.any(want) {
+		o.mu.Unlock()
+		return nil
+	}
+	w := &waiter{want: want, wake: make(chan error, 1)}
+	o.waiters = append(o.waiters, w)
+	o.mu.Unlock()
+	select {
+	case err := <-w.wake:
+		return err
+	case <-ctx.Done():
+	}
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	for i, v := range o.waiters {
+		if v == w {
+			o.waiters = append(o.waiters[:i], o.waiters[i+1:]...)
+			break
+		}
+	}
+	return context.Cause(ctx)
+}
+
+// reset forgets what is present: the kernel has opened the object anew, perhaps with another file behind it. It returns
+// the new epoch, for mark.
+func (o *object) reset() (epoch int) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.epoch++
+	o.present.clear(span{0, o.table.Len()})
+	o.missing = o.table.Len()
+	o.finished = false
+	return o.epoch
+}
+
+// failed notes that a fetch begun at began failed, and how long the source is to be left alone at least.
+func (o *object) failed(began time.Time, atLeast time.Duration) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.backoff.failed(began, time.Now(), atLeast)
+}
+
+// attach adds a source. It returns the use, to be given to detach.
+func (o *object) attach(ctx context.Context, src source.Source, stats *sourceStats, g *gate) *use {
+	u := &use{src: src, stats: stats, gate: g}
+	u.ctx, u.cancel = context.WithCancelCause(ctx)
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.uses = append(o.uses, u)
+	return u
+}
+
+// detach takes a source away, stops what reads from it and waits for that. It reports whether it was the last.
+func (o *object) detach(u *use) (last bool) {
+	o.mu.Lock()
+	for i, v := range o.uses {
+		if v == u {
+			o.uses = append(o.uses[:i:i], o.uses[i+1:]...)
+			break
+		}
+	}
+	last = len(o.uses) == 0
+	o.mu.Unlock()
+	u.cancel(errUnmounted)
+	u.wg.Wait()
+	return last
+}
+
+// borrow returns a source to fetch through, nil when no mounted image has the object; the caller calls u.wg.Done after.
+func (o *object) borrow() *use {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if len(o.uses) == 0 {
+		return nil
+	}
+	u := o.uses[0]
+	u.wg.Add(1)
+	return u
+}
+
+// busy closes the gates of all mounted images with the object until the returned function is called.
+func (o *object) busy() (done func()) {
+	o.mu.Lock()
+	uses := slices.Clone(o.uses)
+	o.mu.Unlock()
+	for _, u := range uses {
+		u.gate.enter()
+	}
+	return func() {
+		for _, u := range uses {
+			u.gate.leave()
+		}
+	}
+}
+
+// presentBytes is how much of the object is present, and how much is on its way, in bytes.
+func (o *object) presentBytes() (present, flying int64) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	for i := range o.table.Len() {
+		c := o.table.At(i)
+		n := int64(c.End() - c.Offset)
+		if o.present.has(i) {
+			present += n
+		} else if o.flying.has(i) {
+			flying += n
+		}
+	}
+	return present, flying
+}

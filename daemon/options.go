@@ -1,0 +1,75 @@
+package daemon
+
+import (
+	"errors"
+	"fmt"
+	"path/filepath"
+	"time"
+
+	"go.uber.org/zap"
+
+	"holdfast/fscache"
+	"holdfast/rafs/image"
+)
+
+// Defaults of [Options].
+const (
+	DefaultReadAhead    = 1 << 20
+	DefaultReadDeadline = 5 * time.Minute
+	DefaultStreams      = 8
+	DefaultStopTimeout  = 10 * time.Second
+	DefaultDomain       = "default"
+)
+
+// Options say what a daemon works with. Engine, Log, Root and Socket are required.
+type Options struct {
+	Engine       fscache.Engine // the daemon closes it
+	EngineReason string         // why this engine was chosen, for the status
+	Log          *zap.Logger
+	Release      string // this program's release, recorded in the state
+	Root         string // absolute: state.db and images/<digest>; made if missing
+	Socket       string // absolute path of the API's socket; its directory is made if missing
+	Image        image.Options
+	Ready        func() // called once, when the kernel and the API are being served; may be nil
+
+	ReadAhead    int64         // bytes fetched from the start of the chunk a reader misses, in whole chunks
+	ReadDeadline time.Duration // how long a reader is made to wait for its source before it gets EIO
+	Streams      int           // fetches at a time that readers of one object may cause
+	StopTimeout  time.Duration // how long Run waits for requests in flight once it is told to stop
+	Prefetch     bool          // prefetch after mounting, where the mount does not say
+	PrefetchBPS  int64         // prefetch at most so many bytes a second and mount, where the mount does not say; 0: no limit
+}
+
+// complete fills in defaults and refuses what cannot work.
+func (o *Options) complete() error {
+	def := func(v *int64, d int64) {
+		if *v == 0 {
+			*v = d
+		}
+	}
+	streams := int64(o.Streams)
+	def(&o.ReadAhead, DefaultReadAhead)
+	def((*int64)(&o.ReadDeadline), int64(DefaultReadDeadline))
+	def((*int64)(&o.StopTimeout), int64(DefaultStopTimeout))
+	def(&streams, DefaultStreams)
+	o.Streams = int(streams)
+	switch {
+	case o.Engine == nil || o.Log == nil:
+		return errors.New("daemon: no engine or no log given")
+	case !filepath.IsAbs(o.Root) || !filepath.IsAbs(o.Socket):
+		return fmt.Errorf("daemon: root %q and socket %q must be absolute paths", o.Root, o.Socket)
+	case o.ReadAhead < 0 || o.ReadAhead > maxReadAhead:
+		return fmt.Errorf("daemon: read-ahead of %d bytes: want 1 to %d", o.ReadAhead, maxReadAhead)
+	case o.ReadDeadline < 0 || o.StopTimeout < 0 || o.Streams < 0 || o.Streams > maxStreams:
+		return fmt.Errorf("daemon: read deadline %v, stop timeout %v and %d streams: none may be negative, nor streams over %d", o.ReadDeadline, o.StopTimeout, o.Streams, maxStreams)
+	case o.PrefetchBPS < 0:
+		return fmt.Errorf("daemon: prefetch limit of %d bytes a second is negative", o.PrefetchBPS)
+	}
+	return nil
+}
+
+// Bounds of [Options]: what one image may make the daemon fetch at once that nobody asked for.
+const (
+	maxReadAhead = 64 << 20
+	maxStreams   = 256
+)

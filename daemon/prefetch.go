@@ -1,0 +1,115 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+
+	"go.uber.org/zap"
+	"golang.org/x/time/rate"
+
+	"holdfast/fscache"
+	"holdfast/rafs/image"
+)
+
+// prefetchStep is how much a prefetch asks for at a time, in bytes of the object: enough to hide a round trip, and not so
+// much that a reader that comes meanwhile waits for long behind it.
+const prefetchStep = 4 << 20
+
+// A prefetch brings a mounted image in, in the image's own order, while no reader of the image waits for anything. It
+// takes none of the slots of readers, and what limits its bandwidth is waited for before anything is claimed, so that
+// a chunk on its way comes as fast as the source gives it.
+type prefetch struct {
+	*filler
+	gate  *gate
+	limit *rate.Limiter // nil: none
+	step  uint64
+}
+
+func newPrefetch(f *filler, g *gate, bps int64) *prefetch {
+	p := &prefetch{filler: f, gate: g, step: prefetchStep}
+	if bps > 0 {
+		p.step = uint64(min(prefetchStep, max(bps/4, 1)))
+		p.limit = rate.NewLimiter(rate.Limit(bps), int(p.step))
+	}
+	return p
+}
+
+// run prefetches plan; objects are the image's, by blob.
+func (p *prefetch) run(ctx context.Context, plan []image.Range, objects []*object) {
+	lost := map[*object]bool{} // permanently failing: no use going on with these
+	for _, r := range plan {
+		if r.Blob < 0 || r.Blob >= len(objects) || lost[objects[r.Blob]] {
+			continue
+		}
+		o := objects[r.Blob]
+		first, last := o.table.Range(r.Off, r.Len)
+		err := p.bring(ctx, o, span{first, last})
+		switch {
+		case ctx.Err() != nil:
+			return
+		case errors.Is(err, fscache.ErrNoSpace):
+			p.log.Warn("prefetch stops: no space left in the cache", zap.Error(err))
+			return
+		case err != nil:
+			lost[o] = true
+			p.log.Warn("prefetch of an object stops", zap.Stringer("object", o.key), zap.Error(err))
+		}
+	}
+}
+
+// bring makes s present step by step.
+func (p *prefetch) bring(ctx context.Context, o *object, s span) error {
+	for !s.empty() {
+		_, last := o.table.Range(o.table.At(s.first).Offset, p.step)
+		step := span{s.first, min(last, s.last)}
+		mismatches := 0
+		for !o.has(step) {
+			err := p.turn(ctx, o, step)
+			if wrongBytes(err) {
+				mismatches++
+			}
+			// An object that is not open cannot be written to before a reader comes, who then gets it filled.
+			if err != nil && (ctx.Err() != nil || hopeless(err, mismatches) || errors.Is(err, fscache.ErrNotOpen)) {
+				return err
+			}
+		}
+		s.first = step.last
+	}
+	return nil
+}
+
+// turn waits for the step's turn and fetches it, or waits for who else does.
+func (p *prefetch) turn(ctx context.Context, o *object, step span) error {
+	if !o.absent(step) {
+		return o.await(ctx, step)
+	}
+	if err := o.pause(ctx); err != nil {
+		return err
+	}
+	if err := p.pay(ctx, o, step); err != nil {
+		return err
+	}
+	if err := p.gate.wait(ctx); err != nil {
+		return err
+	}
+	return p.fetch(o, step, 0, fetchOptions{})
+}
+
+// pay waits until the bandwidth limit allows the stored bytes of step.
+func (p *prefetch) pay(ctx context.Context, o *object, step span) error {
+	if p.limit == nil {
+		return nil
+	}
+	n := 0
+	for i := step.first; i < step.last; i++ {
+		n += int(o.table.At(i).Stored)
+	}
+	for n > 0 {
+		k := min(n, p.limit.Burst())
+		if err := p.limit.WaitN(ctx, k); err != nil {
+			return err
+		}
+		n -= k
+	}
+	return nil
+}

@@ -1,0 +1,194 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+
+	"go.uber.org/zap"
+
+	"holdfast/rafs"
+	"holdfast/rafs/source"
+)
+
+// maxBatch is how many bytes of small chunks are decoded and written together. A larger chunk is a batch of its own.
+const maxBatch = 256 << 10
+
+// errWrite marks failures of the cache, as opposed to the source.
+var errWrite = errors.New("write to the cache")
+
+// A transfer carries claimed chunks from a source to the cache.
+type transfer struct {
+	*filler
+	o     *object
+	epoch int
+	want  span   // what the reader behind the transfer waits for, if there is one
+	ready func() // to be called once when want is present; nil afterwards
+	in    stream
+}
+
+// run lands spans in order, and returns those that it did not.
+func (t *transfer) run(ctx context.Context, spans []span) (rest []span, err error) {
+	for len(spans) > 0 {
+		s := &spans[0]
+		for !s.empty() {
+			b := t.batch(*s)
+			if err := t.land(ctx, b); err != nil {
+				return spans, err
+			}
+			s.first = b.last
+		}
+		spans = spans[1:]
+	}
+	return nil, nil
+}
+
+// A batch is a run of chunks that are adjacent in the blob and landed together, or one zero row.
+type batch struct {
+	span
+	off, end   uint64 // in the object
+	blob, size uint64 // where it is stored, and in how many bytes; 0 bytes for a zero row
+	reach      uint64 // how far the stored bytes go on without a gap to the end of the claim: one range request
+	plain      bool   // stored exactly as it lies in the object
+}
+
+// batch returns the first batch of s. It ends where the reader's range ends: nothing else keeps its answer waiting.
+func (t *transfer) batch(s span) batch {
+	c := t.o.table.At(s.first)
+	b := batch{
+		span: span{s.first, s.first + 1}, off: c.Offset, end: c.End(),
+		blob: c.BlobOffset, size: uint64(c.Stored), plain: c.Codec == rafs.CodecNone,
+	}
+	if c.Zero() {
+		return b
+	}
+	b.reach = b.blob + b.size
+	for i, open := b.last, true; i < s.last; i++ {
+		c := t.o.table.At(i)
+		open = open && i != t.want.last && !c.Zero() && c.End()-b.off <= maxBatch
+		if c.Zero() {
+			continue
+		}
+		if c.BlobOffset != b.reach {
+			break
+		}
+		b.reach += uint64(c.Stored)
+		if open {
+			b.plain = b.plain && c.Codec == rafs.CodecNone && c.Offset-b.off == b.size
+			b.last, b.end, b.size = i+1, c.End(), b.size+uint64(c.Stored)
+		}
+	}
+	return b
+}
+
+// land is the order in which a byte becomes visible (I3): it is verified, then written, then marked, and only then is who
+// waits for it answered.
+func (t *transfer) land(ctx context.Context, b batch) error {
+	p, err := t.verified(ctx, b)
+	if err != nil {
+		return err
+	}
+	defer p.free()
+	if err := t.write(b, p.b); err != nil {
+		return err
+	}
+	ready, complete := t.o.mark(b.span, t.epoch, t.want)
+	if ready && t.ready != nil {
+		t.ready()
+		t.ready = nil
+	}
+	if complete {
+		t.finish(t.o)
+	}
+	return nil
+}
+
+// verified fetches and decodes a batch and checks every digest. The result is padded with zeros to whole blocks.
+func (t *transfer) verified(ctx context.Context, b batch) (*buffer, error) {
+	if b.size == 0 {
+		return zeros(), nil
+	}
+	out := getBuffer(int(b.end - b.off))
+	stored := out
+	if !b.plain {
+		stored = getBuffer(int(b.size))
+		defer stored.free()
+	}
+	err := t.in.read(ctx, b, stored.b[:b.size])
+	for i := b.first; err == nil && i < b.last; i++ {
+		c := t.o.table.At(i)
+		from := c.BlobOffset - b.blob
+		dst := out.b[c.Offset-b.off : c.End()-b.off]
+		err = t.decoder.Decode(c, t.o.table.Algo(), stored.b[from:from+uint64(c.Stored)], dst[:c.Size])
+		clear(dst[c.Size:])
+	}
+	if err != nil {
+		out.free()
+		return nil, fmt.Errorf("object %s: %w", t.o.key, err)
+	}
+	return out, nil
+}
+
+// write writes a batch at its place; p is repeated where it is shorter (zeros).
+func (t *transfer) write(b batch, p []byte) error {
+	for off := b.off; off < b.end; off += uint64(len(p)) {
+		p = p[:min(uint64(len(p)), b.end-off)]
+		if err := t.engine.WriteAt(t.o.key, p, int64(off)); err != nil {
+			return fmt.Errorf("%w: object %s, %d bytes at %d: %w", errWrite, t.o.key, len(p), off, err)
+		}
+	}
+	return nil
+}
+
+// finish tells the engine that the object is complete, in a goroutine of its own, for fsync takes its time: filler's
+// background waits for it. A failed fsync is not tried again (what it lost cannot be known): the object stays as one that
+// the kernel asks for, and the daemon answers.
+func (f *filler) finish(o *object) {
+	f.background.Go(func() {
+		err := f.engine.Sync(o.key)
+		if err == nil {
+			err = f.engine.Complete(o.key)
+		}
+		if err != nil {
+			f.log.Error("object is complete but cannot be left to the kernel", zap.Stringer("object", o.key), zap.Error(err))
+		}
+	})
+}
+
+// A stream is a range of a blob that is being read.
+type stream struct {
+	use *use
+	o   *object
+	r   io.ReadCloser
+	at  uint64 // offset in the blob of the next byte of r
+}
+
+// read fills p, which is b's size, with b's stored bytes: from the open range if it goes on there, else from a new one
+// as far as b reaches.
+func (s *stream) read(ctx context.Context, b batch, p []byte) error {
+	if s.r == nil || s.at != b.blob {
+		s.close()
+		s.use.stats.requests.Add(1)
+		r, err := s.use.src.ReadRange(ctx, int64(b.blob), int64(b.reach-b.blob))
+		if err != nil {
+			return err
+		}
+		s.r, s.at = r, b.blob
+	}
+	n, err := io.ReadFull(s.r, p)
+	s.at += uint64(n)
+	s.o.fetched.Add(int64(n))
+	s.use.stats.fetched.Add(int64(n))
+	if err == io.EOF || err == io.ErrUnexpectedEOF {
+		err = fmt.Errorf("read %s: it ends at offset %d: %w", s.use.src, s.at, source.ErrShort)
+	}
+	return err
+}
+
+func (s *stream) close() {
+	if s.r != nil {
+		s.r.Close() // reading only: nothing to lose
+		s.r = nil
+	}
+}

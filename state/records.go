@@ -1,0 +1,66 @@
+package state
+
+import (
+	"encoding/json"
+	"fmt"
+	"time"
+)
+
+// A Mount is a mounted image on record.
+type Mount struct {
+	ID          string    `json:"id"`    // of the mount; also the cache key of its bootstrap
+	Image       string    `json:"image"` // digest
+	Ref         string    `json:"ref"`   // as it was given
+	Dir         string    `json:"dir"`   // absolute
+	Domain      string    `json:"domain"`
+	Bootstrap   string    `json:"bootstrap"` // SHA-256 of the bootstrap file, in hex
+	Prefetch    bool      `json:"prefetch"`
+	PrefetchBPS int64     `json:"prefetch_bps"` // bytes a second; 0: not limited
+	Created     time.Time `json:"created"`
+}
+
+// An Image is a saved image on record.
+type Image struct {
+	Digest  string    `json:"digest"`
+	Ref     string    `json:"ref"`  // as it was given last
+	Size    int64     `json:"size"` // of its objects, in bytes
+	Created time.Time `json:"created"`
+}
+
+// An Object says when the presence of a cache object was last settled: in which boot, and by which chunk table.
+type Object struct {
+	Domain string `json:"domain"`
+	ID     string `json:"id"`
+	Boot   string `json:"boot"`  // boot id
+	Table  string `json:"table"` // fingerprint
+}
+
+// valueVersion is the first byte of every value; JSON follows.
+const valueVersion = 1
+
+func encode(v any) ([]byte, error) {
+	b, err := json.Marshal(v)
+	if err != nil {
+		return nil, fmt.Errorf("encode record: %w", err)
+	}
+	return append([]byte{valueVersion}, b...), nil
+}
+
+// A newerError is about a record of a later release.
+type newerError struct{ what string }
+
+func (e *newerError) Error() string { return e.what }
+
+// decode reads a value into v. A *newerError is a version this release does not know; any other error, damage.
+func decode(b []byte, v any) error {
+	if len(b) == 0 {
+		return fmt.Errorf("empty record")
+	}
+	if b[0] > valueVersion {
+		return &newerError{fmt.Sprintf("record of version %d", b[0])}
+	}
+	if b[0] == 0 {
+		return fmt.Errorf("record of version 0")
+	}
+	return json.Unmarshal(b[1:], v)
+}
