@@ -222,7 +222,9 @@ func TestKernelFindsEachOf100000EntriesOfADirectory(t *testing.T) {
 	if len(got.Root.Child("big").Children()) != 100_000 {
 		t.Fatalf("%d entries were read back", len(got.Root.Child("big").Children()))
 	}
-	dir, _ := mountErofs(t, files(t, t.TempDir(), data, nil))
+	paths := files(t, t.TempDir(), data, nil)
+	fsck(t, paths)
+	dir, _ := mountErofs(t, paths)
 	compareMounted(t, img, dir)
 }
 
@@ -236,6 +238,27 @@ func TestKernelShowsNamesOf255BytesInEveryBlock(t *testing.T) {
 	dir, _ := mountErofs(t, paths)
 	compareMounted(t, img, dir)
 	fsck(t, paths)
+}
+
+func TestDirectoryThatFillsItsBlockIsNotInline(t *testing.T) {
+	img := &Image{Root: tree.NewRoot(), ChunkSize: 4096}
+	for i := range 20 { // 27 bytes for "." and "..", 18 times 200, 234, 235: a block
+		length := 188
+		if i >= 18 {
+			length = 222 + i - 18
+		}
+		name := strings.Repeat(string(rune('a'+i)), length)
+		mk(t, img.Root, name, &tree.Inode{Mode: tree.ModeFifo | 0o644})
+	}
+	s := newSpecimen(t, img)
+	if size := s.placed("/").size; size != blockSize {
+		t.Fatalf("the directory has %d bytes", size)
+	}
+	if _, err := readImage(s.b); err != nil {
+		t.Fatal(err)
+	}
+	dir, _ := mountErofs(t, files(t, t.TempDir(), s.b, nil))
+	compareMounted(t, img, dir)
 }
 
 func TestKernelShowsSparseFileOver4GiB(t *testing.T) {

@@ -72,7 +72,6 @@ const (
 	flagCompressionZstd  = 0x80
 	flagInlinedDigest    = 0x100
 	flagTarfs            = 0x200
-	flagEncryptionNone   = 0x01000000
 	flagEncryptionAES128 = 0x02000000
 	flagsCompression     = flagCompressionNone | flagCompressionLZ4 | flagCompressionGzip | flagCompressionZstd
 	flagsHash            = flagHashBlake3 | flagHashSHA256

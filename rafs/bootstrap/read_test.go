@@ -6,6 +6,8 @@ import (
 	"encoding/binary"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -214,12 +216,29 @@ func TestRaisedChunkSizes(t *testing.T) {
 			}
 		})
 	}
-	s := newSpecimen(t, img)
-	s.u64(s.at("/f")+8, 1<<43) // one hole, cut into more parts than a file of this size may have
-	s.u32(s.at("/f")+16, chunkIndexes|31)
-	s.u32(s.placed("/f").off+s.placed("/f").indexes()+4, nullBlock)
-	if got, err := readImage(s.b); err != nil || len(got.Root.Child("f").Inode.Chunks) != 4096 {
-		t.Fatalf("a hole of 8 TiB: %v", err)
+}
+
+func TestHolesCutIntoPartsHaveABudget(t *testing.T) {
+	for _, c := range []struct {
+		files int
+		ok    bool
+	}{{1, true}, {100, false}} {
+		img := &Image{Root: tree.NewRoot(), ChunkSize: 4096}
+		for i := range c.files {
+			mk(t, img.Root, fmt.Sprint(i), &tree.Inode{Mode: tree.ModeFile, Size: 4096, ChunkSize: 4096, Chunks: []tree.ChunkRef{tree.Hole}})
+		}
+		s := newSpecimen(t, img)
+		for i := range c.files { // one index that stands for 8 TiB, which is 4096 parts of 2 GiB
+			s.u64(s.at(fmt.Sprint("/", i))+8, 1<<43)
+			s.u32(s.at(fmt.Sprint("/", i))+16, chunkIndexes|31)
+		}
+		img, err := readImage(s.b)
+		if c.ok && (err != nil || len(img.Root.Child("0").Inode.Chunks) != 4096) {
+			t.Errorf("%d files: %v", c.files, err)
+		}
+		if !c.ok && (!errors.Is(err, ErrDamaged) || !strings.Contains(err.Error(), "8796093022208 bytes in chunks of 8796093022208")) {
+			t.Errorf("%d files: got %v, want an error about the parts", c.files, err)
+		}
 	}
 }
 

@@ -100,7 +100,7 @@ func CheckName(name string) error {
 	case name == "" || name == "." || name == "..":
 		return fmt.Errorf("%w %q", ErrName, name)
 	case len(name) > MaxName:
-		return fmt.Errorf("%w: %d bytes, at most %d are possible: %.32q...", ErrName, len(name), MaxName, name)
+		return fmt.Errorf("%w: %.32q and so on has %d bytes, at most %d are possible", ErrName, name, len(name), MaxName)
 	case strings.ContainsAny(name, "/\x00"):
 		return fmt.Errorf("%w %q: '/' or NUL in it", ErrName, name)
 	}
