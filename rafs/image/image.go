@@ -88,7 +88,12 @@ func (i *Image) open(ctx context.Context, r Reference) error {
 	if err != nil {
 		return err
 	}
+	seen := make(map[string]bool)
 	for _, info := range s.Blobs {
+		if seen[info.ID] {
+			return bad("the bootstrap lists blob %s twice", info.ID)
+		}
+		seen[info.ID] = true
 		if !idPattern.MatchString(info.ID) {
 			return bad("the bootstrap names a blob %.80q, which is no hex id: if this is the bootstrap of a single layer, use the merged one of the image", info.ID)
 		}
@@ -97,8 +102,8 @@ func (i *Image) open(ctx context.Context, r Reference) error {
 			return err
 		}
 		i.Blobs = append(i.Blobs, &Blob{Info: info, Source: i.store.blob(info.ID, size)})
-		delete(layers, info.ID)
 	}
+	maps.DeleteFunc(layers, func(id string, _ ocispec.Descriptor) bool { return seen[id] })
 	i.unused = slices.Sorted(maps.Keys(layers))
 	return i.readMeta(ctx, s)
 }

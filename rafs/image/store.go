@@ -36,20 +36,20 @@ type store interface {
 func openStore(r Reference, o Options) store {
 	switch r.scheme {
 	case schemeRegistry:
-		return &registry{repo: source.NewRepository(r.name.Context(), source.Options{Keychain: o.Keychain, Stall: o.Stall}), ref: r.name.Identifier()}
+		return &remote{repo: source.NewRepository(r.name.Context(), source.Options{Keychain: o.Keychain, Stall: o.Stall}), ref: r.name.Identifier()}
 	case schemeLayout:
 		return layout{dir: r.path, tag: r.tag}
 	}
 	return directory{dir: r.blobs}
 }
 
-// A registry is a repository and the tag or digest in it.
-type registry struct {
+// A remote is a repository of a registry and the tag or digest in it.
+type remote struct {
 	repo *source.Repository
 	ref  string
 }
 
-func (s *registry) root(ctx context.Context) (ocispec.Descriptor, error) {
+func (s *remote) root(ctx context.Context) (ocispec.Descriptor, error) {
 	m, err := s.repo.Manifest(ctx, s.ref, documentTypes)
 	if err != nil {
 		return ocispec.Descriptor{}, err
@@ -57,13 +57,13 @@ func (s *registry) root(ctx context.Context) (ocispec.Descriptor, error) {
 	return descriptor(m), nil
 }
 
-func (s *registry) document(ctx context.Context, d ocispec.Descriptor) ([]byte, error) {
+func (s *remote) document(ctx context.Context, d ocispec.Descriptor) ([]byte, error) {
 	m, err := s.repo.Manifest(ctx, d.Digest.String(), documentTypes)
 	return m.Body, err
 }
 
-func (s *registry) blob(id string, size int64) source.Source { return s.repo.Blob("sha256:"+id, size) }
-func (s *registry) Close() error                             { return s.repo.Close() }
+func (s *remote) blob(id string, size int64) source.Source { return s.repo.Blob("sha256:"+id, size) }
+func (s *remote) Close() error                             { return s.repo.Close() }
 
 // A layout is an OCI image layout (OCI image specification 1.1, "Image Layout").
 type layout struct{ dir, tag string }
