@@ -26,7 +26,8 @@
 // # Invariants
 //
 //   - Write is a function of its argument: the same tree gives the same bytes, whatever the order it was built in.
-//   - Read gives a tree that Write accepts, or an error; never both, never a panic (I9).
+//   - Read gives a tree that Write accepts (the limits that depend on the file's size aside, since the new file may be
+//     smaller or larger), or an error; never both, never a panic (I9).
 //   - Read needs memory and time in proportion to the file's size: the inodes may not claim more bytes than the file
 //     has, so that overlapping ones cannot multiply, a directory has one name, and every list is allocated after its
 //     length was compared with the bytes that are there.

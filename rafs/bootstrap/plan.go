@@ -340,7 +340,16 @@ func (p *plan) place() {
 
 // resolvePrefetch turns the image's prefetch paths into nids.
 func (p *plan) resolvePrefetch() error {
+	var length uint64
+	seen := make(map[string]bool, len(p.img.Prefetch))
 	for _, path := range p.img.Prefetch {
+		if !seen[path] {
+			seen[path] = true
+			length += uint64(len(path))
+		}
+		if length > maxPrefetchPaths(p.size) {
+			return fmt.Errorf("%w: prefetch list: %.256q: the paths up to here are over %d bytes long", ErrInvalid, path, maxPrefetchPaths(p.size))
+		}
 		n, err := p.img.Root.Lookup(path)
 		if err != nil {
 			return fmt.Errorf("%w: prefetch list: %w", ErrInvalid, err)

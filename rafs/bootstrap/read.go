@@ -101,13 +101,14 @@ type treeReader struct {
 	length int                    // of path with its slashes
 
 	unclaimed uint64 // bytes of the file that no inode has claimed; overlapping inodes run out of them
+	names     uint64 // bytes that the paths in wanted may yet take
 	cuts      uint64 // references that may yet be made by cutting raised chunks
 }
 
 func newTreeReader(h *header) *treeReader {
 	return &treeReader{
 		header: h, inodes: make(map[uint64]*tree.Inode), wanted: make(map[uint64]string),
-		unclaimed: h.size, cuts: 1<<16 + h.size/chunkIndexSize,
+		unclaimed: h.size, names: maxPrefetchPaths(h.size), cuts: 1<<16 + h.size/chunkIndexSize,
 	}
 }
 
@@ -141,7 +142,12 @@ func (t *treeReader) readTree(nid uint64) (*tree.Node, error) {
 // if it does not.
 func (t *treeReader) readNode(n *tree.Node, nid uint64, ftype uint8) error {
 	if path, ok := t.wanted[nid]; ok && path == "" {
-		t.wanted[nid] = strings.TrimSuffix("/"+strings.Join(t.path, "/"), "/") + "/" + n.Name
+		path = strings.TrimSuffix("/"+strings.Join(t.path, "/"), "/") + "/" + n.Name
+		if uint64(len(path)) > t.names {
+			return t.where(0, n.Name, damaged("the paths of the prefetch table are over %d bytes long", maxPrefetchPaths(t.size)))
+		}
+		t.names -= uint64(len(path))
+		t.wanted[nid] = path
 	}
 	off := uint64(t.sb.MetaBlkAddr)*blockSize + nid*slotSize
 	if nid >= t.size/slotSize {

@@ -242,6 +242,37 @@ func TestHolesCutIntoPartsHaveABudget(t *testing.T) {
 	}
 }
 
+func TestPrefetchPathsHaveABudget(t *testing.T) {
+	img := &Image{Root: tree.NewRoot(), ChunkSize: 4096}
+	at, path := img.Root, ""
+	for range 60 {
+		name := strings.Repeat("d", 250)
+		at, path = mk(t, at, name, &tree.Inode{Mode: tree.ModeDir}), path+"/"+name
+	}
+	for i := range 300 {
+		mk(t, at, fmt.Sprint(i), &tree.Inode{Mode: tree.ModeFifo})
+		img.Prefetch = append(img.Prefetch, fmt.Sprint(path, "/", i))
+	}
+	if _, err := Write(img); !errors.Is(err, ErrInvalid) || !strings.Contains(err.Error(), "prefetch list") {
+		t.Fatalf("Write: got %v, want an error about the prefetch list", err)
+	}
+	all := img.Prefetch
+	img.Prefetch = make([]string, len(all)) // as many entries, of one path
+	for i := range all {
+		img.Prefetch[i] = all[0]
+	}
+	s := newSpecimen(t, img)
+	if got, err := readImage(s.b); err != nil || diff(img, got) != "" {
+		t.Fatalf("one path many times: %v", err)
+	}
+	for i, path := range all {
+		s.u32(s.plan.prefetchOff+4*uint64(i), uint32(s.nid(path)))
+	}
+	if _, err := readImage(s.b); !errors.Is(err, ErrDamaged) || !strings.Contains(err.Error(), "the paths of the prefetch table") {
+		t.Fatalf("Read: got %v, want an error about the paths", err)
+	}
+}
+
 func TestSummaryHasThePrefetchedDataInItsOrder(t *testing.T) {
 	img := smallImage(t)
 	img.Prefetch = []string{"/dir/sub", "/dir", "/file", "/"}
