@@ -242,6 +242,15 @@ func TestHolesCutIntoPartsHaveABudget(t *testing.T) {
 	}
 }
 
+func TestPlaceholderStandsForABlobsID(t *testing.T) {
+	img := smallImage(t)
+	img.Prefetch, img.Blobs[1].ID = nil, PlaceholderID
+	got, err := readImage(write(t, img))
+	if err != nil || diff(img, got) != "" {
+		t.Fatalf("%v\n%s", err, diff(img, got))
+	}
+}
+
 func TestPrefetchPathsHaveABudget(t *testing.T) {
 	img := &Image{Root: tree.NewRoot(), ChunkSize: 4096}
 	at, path := img.Root, ""
