@@ -233,13 +233,16 @@ func (j *imageJob) convert(ctx context.Context, img inputImage) (document, error
 	for i, in := range img.layers {
 		j.meter.layer(j.number, i+1, len(img.layers))
 		l, err := j.convertLayer(ctx, in)
-		if err != nil {
-			return document{}, fmt.Errorf("layer %d, %s: %w", i+1, in.name, err)
-		}
-		if !img.merge {
+		if err == nil && img.merge {
+			err = merge(j.root, l)
+		} else if err == nil {
 			j.root = l.root
-		} else if err := merge(j.root, l); err != nil {
-			return document{}, fmt.Errorf("layer %d, %s: %w", i+1, in.name, err)
+		}
+		if err != nil && in.name != "" {
+			err = fmt.Errorf("layer %d, %s: %w", i+1, in.name, err)
+		}
+		if err != nil {
+			return document{}, err
 		}
 	}
 	if err := context.Cause(ctx); err != nil {

@@ -253,24 +253,7 @@ func openConverted(t tb, path string, d ocispec.Descriptor) *opened {
 	o := &opened{}
 	parseJSON(t, layoutBlob(t, path, d), &o.manifest)
 	parseJSON(t, layoutBlob(t, path, o.manifest.Config), &o.config)
-	last := o.manifest.Layers[len(o.manifest.Layers)-1]
-	z, err := gzip.NewReader(bytes.NewReader(layoutBlob(t, path, last)))
-	if err != nil {
-		t.Fatalf("bootstrap layer: %v", err)
-	}
-	tr := tar.NewReader(z)
-	var boot []byte
-	for boot == nil {
-		h, err := tr.Next()
-		if err != nil {
-			t.Fatalf("bootstrap layer: %v", err)
-		}
-		if h.Name == bootstrapPath {
-			if boot, err = io.ReadAll(tr); err != nil {
-				t.Fatalf("bootstrap layer: %v", err)
-			}
-		}
-	}
+	boot := bootOf(t, layoutBlob(t, path, o.manifest.Layers[len(o.manifest.Layers)-1]))
 	o.boot = parseBootstrap(t, boot)
 	if len(o.boot.Blobs) != len(o.manifest.Layers)-1 {
 		t.Fatalf("%d blobs, but %d blob layers", len(o.boot.Blobs), len(o.manifest.Layers)-1)
@@ -287,6 +270,39 @@ func openConverted(t tb, path string, d ocispec.Descriptor) *opened {
 	}
 	o.files = describe(o.boot.Root, func(in *tree.Inode) string { return contentOf(t, in, objects) })
 	return o
+}
+
+// gunzip uncompresses in memory.
+func gunzip(t tb, b []byte) []byte {
+	t.Helper()
+	z, err := gzip.NewReader(bytes.NewReader(b))
+	if err != nil {
+		t.Fatalf("gzip: %v", err)
+	}
+	out, err := io.ReadAll(z)
+	if err != nil {
+		t.Fatalf("gzip: %v", err)
+	}
+	return out
+}
+
+// bootOf takes the bootstrap out of a bootstrap layer.
+func bootOf(t tb, layer []byte) []byte {
+	t.Helper()
+	for tr := tar.NewReader(bytes.NewReader(gunzip(t, layer))); ; {
+		h, err := tr.Next()
+		if err != nil {
+			t.Fatalf("bootstrap layer: %v", err)
+		}
+		if h.Name != bootstrapPath {
+			continue
+		}
+		boot, err := io.ReadAll(tr)
+		if err != nil {
+			t.Fatalf("bootstrap layer: %v", err)
+		}
+		return boot
+	}
 }
 
 func parseBootstrap(t tb, b []byte) *bootstrap.Image {

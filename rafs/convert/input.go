@@ -22,7 +22,7 @@ type inputImage struct {
 
 // An inputLayer is a layer of the source.
 type inputLayer struct {
-	name string // for errors and progress
+	name string // for errors; empty: the source has no layers that people know of
 	size int64  // bytes that read reads; 0: not known before
 	read func(ctx context.Context, r *layerReader) error
 }
@@ -36,7 +36,7 @@ func single(l inputLayer) (inputImage, error) {
 }
 
 func dirImage(path string) (inputImage, error) {
-	return single(inputLayer{name: path, read: func(ctx context.Context, r *layerReader) error {
+	return single(inputLayer{read: func(ctx context.Context, r *layerReader) error {
 		return r.readDir(ctx, path)
 	}})
 }
@@ -47,7 +47,7 @@ func tarImage(path string) (inputImage, error) {
 		return inputImage{}, err
 	}
 	f.Close()
-	return single(inputLayer{name: path, size: size, read: func(ctx context.Context, r *layerReader) error {
+	return single(inputLayer{size: size, read: func(ctx context.Context, r *layerReader) error {
 		f, _, err := openRegular(path)
 		if err != nil {
 			return err

@@ -15,6 +15,9 @@ import (
 // paxXattr starts the PAX records that hold extended attributes, as star, GNU tar, bsdtar and container tools write them.
 const paxXattr = "SCHILY.xattr."
 
+// tarBlock is the unit of tars, in bytes.
+const tarBlock = 512
+
 // readTar reads a layer from an uncompressed tar, which may be empty, to its end.
 func (r *layerReader) readTar(ctx context.Context, in io.Reader) error {
 	pos := &counter{r: in}
@@ -22,11 +25,14 @@ func (r *layerReader) readTar(ctx context.Context, in io.Reader) error {
 	for {
 		at := pos.n
 		h, err := tr.Next()
-		if err == io.EOF {
+		if err == io.EOF && pos.n%tarBlock == 0 {
 			break
 		}
+		if err == io.EOF { // the package takes a file cut inside padding for complete
+			err = io.ErrUnexpectedEOF
+		}
 		if err != nil && !errors.Is(err, tar.ErrInsecurePath) { // such paths are judged by cleanPath
-			return fmt.Errorf("header after offset %d of the uncompressed tar: %w", at, readError(err))
+			return fmt.Errorf("header between offsets %d and %d of the uncompressed tar: %w", at, pos.n, readError(err))
 		}
 		if err := r.tarEntry(ctx, h, tr); err != nil {
 			return fmt.Errorf("entry %.256q before offset %d of the uncompressed tar: %w", h.Name, pos.n, readError(err))
@@ -45,7 +51,7 @@ func (r *layerReader) readTar(ctx context.Context, in io.Reader) error {
 // readError explains what the tar package says of a file that ends early.
 func readError(err error) error {
 	if errors.Is(err, io.ErrUnexpectedEOF) {
-		return fmt.Errorf("%w: the tar ends inside this entry: is the file complete?", err)
+		return fmt.Errorf("%w: the tar ends here: is the file complete?", err)
 	}
 	return err
 }
