@@ -41,6 +41,7 @@ type MountInfo struct {
 	Domain   string    `json:"domain"`
 	Prefetch bool      `json:"prefetch"`
 	Created  time.Time `json:"created"`
+	Complete bool      `json:"complete"`         // all of its data is in the cache
 	Broken   string    `json:"broken,omitempty"` // why it cannot be served
 }
 
@@ -188,7 +189,17 @@ func (d *Daemon) deleteMounts(r *http.Request) (int, any, error) {
 
 func (m *mount) info() MountInfo {
 	r := m.record
-	return MountInfo{ID: r.ID, Image: r.Image, Ref: r.Ref, Dir: r.Dir, Domain: r.Domain, Prefetch: r.Prefetch, Created: r.Created, Broken: m.broken}
+	return MountInfo{ID: r.ID, Image: r.Image, Ref: r.Ref, Dir: r.Dir, Domain: r.Domain, Prefetch: r.Prefetch, Created: r.Created, Complete: m.complete(), Broken: m.broken}
+}
+
+// complete reports whether every blob of m is in the cache as a whole.
+func (m *mount) complete() bool {
+	for _, h := range m.blobs {
+		if !h.o.has(span{0, h.o.table.Len()}) {
+			return false
+		}
+	}
+	return m.broken == ""
 }
 
 func noQuery(r *http.Request) error {

@@ -111,7 +111,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 
 // Unused reports, after Run, that for certain nothing is mounted that needs the engine's lifeline: state that was found damaged may
 // have named more mounts than are known.
-func (d *Daemon) Unused() bool { return len(d.mounts.list()) == 0 && len(d.damaged) == 0 }
+func (d *Daemon) Unused() bool { return d.mounts.empty() && len(d.damaged) == 0 }
 
 // close ends everything, in this order: no new requests, the requests in flight (EIO for those still there at the stop
 // timeout), what runs for no reader, the engine, the state.

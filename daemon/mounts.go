@@ -24,6 +24,10 @@ import (
 type mounts struct {
 	mu    sync.Mutex
 	byDir map[string]*mount
+
+	// lingering are mounts that were unmounted here and are still used elsewhere: containers have mount namespaces of
+	// their own. They are served until that ends, which is looked for whenever something is mounted or unmounted.
+	lingering []*mount
 }
 
 // A mount is an image that is mounted, or being mounted or unmounted.
@@ -35,6 +39,7 @@ type mount struct {
 	image     *image.Image
 	bootstrap *hold
 	blobs     []*hold // by index of image.Blobs
+	kept      []*hold // what the kernel still used when the mount was let go
 	gate      gate
 	cancel    context.CancelFunc // of the prefetch; nil: none
 	prefetch  sync.WaitGroup
@@ -98,9 +103,31 @@ func (t *mounts) list() []*mount {
 	return all
 }
 
+// empty reports whether there is no mount at all.
+func (t *mounts) empty() bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return len(t.byDir) == 0 && len(t.lingering) == 0
+}
+
+// linger adds to the lingering mounts; takeLingering takes them all.
+func (t *mounts) linger(m *mount) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.lingering = append(t.lingering, m)
+}
+
+func (t *mounts) takeLingering() []*mount {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	all := t.lingering
+	t.lingering = nil
+	return all
+}
+
 // close ends the prefetches and closes the images; what is mounted stays mounted. Nothing may be mounting.
 func (t *mounts) close() (err error) {
-	for _, m := range t.list() {
+	for _, m := range append(t.list(), t.lingering...) {
 		m.stopPrefetch()
 		if m.image != nil {
 			err = errors.Join(err, m.image.Close())
@@ -134,6 +161,7 @@ func (d *Daemon) mount(ctx context.Context, r MountRequest) (m *mount, err error
 	if err := d.mounts.reserve(m); err != nil {
 		return nil, err
 	}
+	d.sweep()
 	var undo undo
 	defer func() {
 		if err != nil {
@@ -199,15 +227,46 @@ func (d *Daemon) holdAll(ctx context.Context, m *mount, boot *bootstrap) (err er
 	return err
 }
 
-// letGo ends m's holds, of which there may be any number. It comes once in a mount's life.
-func (d *Daemon) letGo(m *mount) (err error) {
-	for _, h := range m.blobs {
-		err = errors.Join(err, d.release(h))
-	}
+// letGo ends m's holds, of which there may be any number. It comes once in a mount's life. What the kernel still uses is kept.
+func (d *Daemon) letGo(m *mount) error {
+	holds := slices.Clone(m.blobs)
 	if m.bootstrap != nil {
-		err = errors.Join(err, d.release(m.bootstrap))
+		holds = append(holds, m.bootstrap)
+	}
+	return d.letGoHolds(m, holds)
+}
+
+func (d *Daemon) letGoHolds(m *mount, holds []*hold) (err error) {
+	m.kept = nil
+	for _, h := range holds {
+		e := d.release(h)
+		if errors.Is(e, fscache.ErrBusy) {
+			m.kept = append(m.kept, h)
+			continue
+		}
+		err = errors.Join(err, e)
 	}
 	return err
+}
+
+// part ends what is left of a mount that was unmounted here, or lets it linger.
+func (d *Daemon) part(m *mount, err error) error {
+	if len(m.kept) == 0 {
+		return errors.Join(err, m.image.Close())
+	}
+	d.log.Warn("an unmounted image is still used, in another mount namespace perhaps; it is served on",
+		zap.String("image", m.record.Ref), zap.String("dir", m.record.Dir), zap.Stringer("object", m.kept[0].o.key))
+	d.mounts.linger(m)
+	return err
+}
+
+// sweep lets go what need not linger any more.
+func (d *Daemon) sweep() {
+	for _, m := range d.mounts.takeLingering() {
+		if err := d.part(m, d.letGoHolds(m, m.kept)); err != nil {
+			d.log.Error("let an unmounted image go", zap.String("image", m.record.Ref), zap.Error(err))
+		}
+	}
 }
 
 func (d *Daemon) engineMount(m *mount, boot *bootstrap) fscache.Mount {
@@ -255,8 +314,9 @@ func (d *Daemon) unmount(ctx context.Context, dir string) error {
 		return unmountFailed(err)
 	}
 	m.stopPrefetch()
-	err = errors.Join(d.letGo(m), m.image.Close(), d.state.ForgetMount(m.record.ID))
+	err = errors.Join(d.part(m, d.letGo(m)), d.state.ForgetMount(m.record.ID))
 	d.mounts.drop(m)
+	d.sweep()
 	d.log.Info("unmounted", zap.String("image", m.record.Ref), zap.String("dir", m.record.Dir), zap.Error(err))
 	return err
 }

@@ -229,8 +229,8 @@ func (o *object) attach(ctx context.Context, src source.Source, stats *sourceSta
 	return u
 }
 
-// detach takes a source away, stops what reads from it and waits for that. It reports whether it was the last.
-func (o *object) detach(u *use) (last bool) {
+// detach takes a source away, stops what reads from it and waits for that.
+func (o *object) detach(u *use) {
 	o.mu.Lock()
 	for i, v := range o.uses {
 		if v == u {
@@ -238,11 +238,16 @@ func (o *object) detach(u *use) (last bool) {
 			break
 		}
 	}
-	last = len(o.uses) == 0
 	o.mu.Unlock()
 	u.cancel(errUnmounted)
 	u.wg.Wait()
-	return last
+}
+
+// shared reports whether there is more than one source.
+func (o *object) shared() bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return len(o.uses) > 1
 }
 
 // borrow returns a source to fetch through, nil when no mounted image has the object; the caller calls u.wg.Done after.

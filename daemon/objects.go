@@ -132,20 +132,38 @@ func (d *Daemon) ready(ctx context.Context, o *object) error {
 	return nil
 }
 
-// release ends a hold: the source is no longer used when it returns. The last hold's end makes the engine forget the object;
-// its cached data stays.
+// release ends a hold: the source is no longer used when it returns. The last hold's end makes the engine forget the
+// object; its cached data stays. ErrBusy: the kernel still uses the object, through a mount in another namespace for
+// example; the hold goes on then, and is to be released later.
 func (d *Daemon) release(h *hold) error {
 	h.e.turn <- struct{}{}
-	defer d.objects.leave(h.o.key, h.e)
-	defer func() { <-h.e.turn }()
-	if !h.o.detach(h.u) {
+	err := d.releaseEntry(h)
+	<-h.e.turn
+	if err == nil || !errors.Is(err, fscache.ErrBusy) {
+		d.objects.leave(h.o.key, h.e)
+	}
+	return err
+}
+
+func (d *Daemon) releaseEntry(h *hold) error {
+	// Fetches through the source end; readers that wait for one go on through what takes its place meanwhile.
+	again := h.o.attach(d.base, h.u.src, h.u.stats, h.u.gate)
+	h.o.detach(h.u)
+	h.u = again
+	if h.o.shared() {
+		h.o.detach(h.u)
 		return nil
 	}
-	d.objects.publish(h.o.key, nil)
-	if err := d.engine.Remove(h.o.key); err != nil {
-		return fmt.Errorf("remove object %s: %w", h.o.key, err)
+	err := d.engine.Remove(h.o.key)
+	if errors.Is(err, fscache.ErrBusy) {
+		return err
 	}
-	return nil
+	h.o.detach(h.u)
+	d.objects.publish(h.o.key, nil)
+	if err != nil {
+		err = fmt.Errorf("remove object %s: %w", h.o.key, err)
+	}
+	return err
 }
 
 // fingerprint is a digest over a chunk table. Two images may share a cache object only if they agree on what is in it: a
