@@ -7,3 +7,6 @@ import "unsafe"
 func alignSkip(b []byte) int {
 	return int(-uintptr(unsafe.Pointer(unsafe.SliceData(b))) & (BlockSize - 1))
 }
+
+// IsAligned says whether b starts on a BlockSize boundary of memory.
+func IsAligned(b []byte) bool { return alignSkip(b) == 0 }

@@ -1,0 +1,357 @@
+package cachefiles
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	"go.uber.org/zap"
+	"golang.org/x/sys/unix"
+
+	"holdfast/fscache"
+)
+
+// Name is the engine's name.
+const Name = "cachefiles"
+
+// A Config says where the cache is and what the process inherited.
+type Config struct {
+	Dir string // cache directory, absolute; made where absent
+
+	// Tag is the cache's name in the kernel (`tag`); "holdfast" if empty. Two caches of one kernel need two tags.
+	Tag string
+
+	// Device is the device a process that is gone, or PID 1, had open, or nil. Open takes it over whatever it returns.
+	// What that process read and did not answer is delivered again (Linux 6.8 on). Objects that mounts use must all be
+	// added before the first Next: an open of an object not known is refused.
+	Device *os.File
+
+	Log *zap.Logger // nil: silent
+}
+
+// An Engine is the cachefiles engine. Make one with Open.
+type Engine struct {
+	log     *zap.Logger
+	dir     *os.File // the cache directory
+	dev     *device
+	adopted bool // the kernel may have objects open that this process knows nothing of
+
+	reading sync.RWMutex // read-held by Next; held by Close to wait for it. Taken before mu.
+
+	mu      sync.Mutex // guards what follows; never held over a system call that can wait
+	objects map[fscache.Key]*object
+	handles map[uint32]*handle // by the kernel's object id
+	pending map[uint64]*request
+	byMsg   map[uint32]*request // the newest of each message id, while it is pending
+	token   uint64
+	changed chan struct{} // closed and replaced when an object is opened, refused or closed
+	closed  bool
+}
+
+// An object is what was added.
+type object struct {
+	key     fscache.Key
+	size    int64
+	handle  *handle // nil: not open in the kernel, as far as known. Guarded by Engine.mu.
+	refused error   // why the last open was refused. Guarded by Engine.mu.
+}
+
+// A request is one that the kernel waits for and we have not answered.
+type request struct {
+	op     fscache.Op
+	msg    uint32
+	handle *handle
+	gone   bool // the kernel gave its message id to a newer one
+}
+
+var _ fscache.Engine = (*Engine)(nil)
+
+// Open makes an engine. Errors say what the kernel or the directory lacks.
+func Open(c Config) (*Engine, error) {
+	e := &Engine{
+		log:     c.Log,
+		objects: make(map[fscache.Key]*object),
+		handles: make(map[uint32]*handle),
+		pending: make(map[uint64]*request),
+		byMsg:   make(map[uint32]*request),
+		changed: make(chan struct{}),
+	}
+	if e.log == nil {
+		e.log = zap.NewNop()
+	}
+	if c.Tag == "" {
+		c.Tag = "holdfast"
+	}
+	if err := e.open(c); err != nil {
+		return nil, fmt.Errorf("cachefiles engine in %s: %w", c.Dir, err)
+	}
+	return e, nil
+}
+
+func (e *Engine) open(c Config) (err error) {
+	f := c.Device
+	defer func() {
+		if err != nil && f != nil {
+			_ = f.Close()
+		}
+	}()
+	if err := checkConfig(c); err != nil {
+		return err
+	}
+	if err := os.MkdirAll(c.Dir, 0o700); err != nil {
+		return err
+	}
+	if f == nil {
+		if f, err = openDevice(); err != nil {
+			return err
+		}
+		err = bind(f, c)
+	} else {
+		e.adopted, err = adopt(f, c, e.log)
+	}
+	if err != nil {
+		return err
+	}
+	if e.dir, err = os.Open(c.Dir); err != nil {
+		return err
+	}
+	e.dev, err = pollable(f)
+	if err != nil {
+		_ = e.dir.Close()
+	}
+	f = nil
+	return err
+}
+
+// checkConfig refuses what the kernel's command parser would cut short (daemon.c, cachefiles_daemon_write).
+func checkConfig(c Config) error {
+	switch {
+	case !filepath.IsAbs(c.Dir):
+		return fmt.Errorf("cache directory %q is not an absolute path", c.Dir)
+	case strings.ContainsAny(c.Dir, "\n\x00") || len(c.Dir) > 4000:
+		return fmt.Errorf("cache directory %.60q has characters the kernel does not take, or too many", c.Dir)
+	case !printable(c.Tag) || len(c.Tag) > 64:
+		return fmt.Errorf("cache tag %.60q: only letters, digits and punctuation, at most 64", c.Tag)
+	}
+	return nil
+}
+
+// bind makes a cache of c.Dir. The limits stay the kernel's: writes fail when less than 1 % of the file system's blocks
+// or inodes is free (bstop, fstop), and the kernel asks for culling below 5 % (bcull, fcull), until 7 % (brun, frun).
+func bind(f *os.File, c Config) error {
+	for _, text := range []string{"dir " + c.Dir, "tag " + c.Tag} {
+		// EEXIST: a process that died before `bind` said it already.
+		if err := command(f, text); err != nil && !errors.Is(err, unix.EEXIST) {
+			return err
+		}
+	}
+	err := command(f, "bind ondemand")
+	switch {
+	case errors.Is(err, unix.EINVAL):
+		return fmt.Errorf("%w: the kernel was built without CONFIG_CACHEFILES_ONDEMAND", err)
+	case errors.Is(err, unix.EOPNOTSUPP):
+		return fmt.Errorf("%w: the directory's file system has no xattrs, no O_TMPFILE or blocks over 4 KiB: use ext4 or xfs", err)
+	case errors.Is(err, unix.EROFS):
+		return fmt.Errorf("%w: the directory's file system is mounted read-only", err)
+	}
+	return err
+}
+
+// adopt makes an inherited device deliver again what a process that is gone had read. It says whether the device had a
+// cache bound to it; one that PID 1 opened and nobody used yet has not, and is bound.
+func adopt(f *os.File, c Config, log *zap.Logger) (bool, error) {
+	err := control(f, func(fd int) error {
+		// The name alone may be that of another mount namespace.
+		link, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", fd))
+		if err != nil || filepath.Base(link) != filepath.Base(devicePath) {
+			return fmt.Errorf("inherited fd %d is %q, not %s (%v)", fd, link, devicePath, err)
+		}
+		return nil
+	})
+	if err != nil {
+		return false, err
+	}
+	// ORDER: restore before anything polls or reads, and once: two processes or threads that see requests become new
+	// again while they read free them twice on kernels before 6.9.6 (CVE-2024-39510, CVE-2024-40899).
+	err = command(f, "restore")
+	if err == nil {
+		return true, nil
+	}
+	if !errors.Is(err, unix.EOPNOTSUPP) {
+		return false, err
+	}
+	// The kernel has no `restore` (before 6.8), or no cache is bound.
+	err = bind(f, c)
+	if errors.Is(err, unix.EBUSY) {
+		log.Warn("the kernel cannot deliver again what the last process left unanswered (restore: Linux 6.8): readers that waited for it stay asleep until killed")
+		return true, nil
+	}
+	return false, err
+}
+
+// Name implements fscache.Engine.
+func (e *Engine) Name() string { return Name }
+
+// Lifeline implements fscache.Engine: the device.
+func (e *Engine) Lifeline() (string, *os.File) { return Name, e.dev.f }
+
+// Add implements fscache.Engine.
+func (e *Engine) Add(ctx context.Context, o fscache.Object) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	if err := checkObject(o); err != nil {
+		return err
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.closed {
+		return fscache.ErrClosed
+	}
+	if known := e.objects[o.Key]; known != nil {
+		if known.size != o.Size {
+			return fmt.Errorf("object %s was added with %d bytes, now with %d: the same blob cannot have two sizes", o.Key, known.size, o.Size)
+		}
+		return nil
+	}
+	e.objects[o.Key] = &object{key: o.Key, size: o.Size}
+	return nil
+}
+
+// object finds what was added, or says ErrUnknown or ErrClosed. e.mu is held.
+func (e *Engine) object(k fscache.Key) (*object, error) {
+	if e.closed {
+		return nil, fscache.ErrClosed
+	}
+	if o := e.objects[k]; o != nil {
+		return o, nil
+	}
+	return nil, fmt.Errorf("object %s: %w", k, fscache.ErrUnknown)
+}
+
+// open finds an object and its descriptor, or says ErrNotOpen too.
+func (e *Engine) openObject(k fscache.Key) (*object, *handle, error) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	o, err := e.object(k)
+	if err != nil {
+		return nil, nil, err
+	}
+	if o.handle == nil {
+		return o, nil, fmt.Errorf("object %s: %w", k, fscache.ErrNotOpen)
+	}
+	return o, o.handle, nil
+}
+
+// Remove implements fscache.Engine. After a takeover the engine knows of those mounts only whose objects the kernel has
+// opened since: do not remove what is mounted.
+func (e *Engine) Remove(k fscache.Key) error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	o, err := e.object(k)
+	if err != nil {
+		return err
+	}
+	if o.handle != nil {
+		return fmt.Errorf("object %s is open in the kernel: unmount what uses it first: %w", k, fscache.ErrBusy)
+	}
+	delete(e.objects, k)
+	return nil
+}
+
+// WriteAt implements fscache.Engine.
+func (e *Engine) WriteAt(k fscache.Key, p []byte, off int64) error {
+	o, h, err := e.openObject(k)
+	if o == nil {
+		return err
+	}
+	if err := o.check(off, int64(len(p))); err != nil {
+		return err
+	}
+	if h == nil {
+		return err
+	}
+	return h.writeAt(p, off)
+}
+
+// ReadAt implements fscache.Engine: cachefiles cannot, the object's descriptor is write-only.
+func (e *Engine) ReadAt(k fscache.Key, _ []byte, _ int64) error {
+	return fmt.Errorf("reading object %s back: %w", k, errors.ErrUnsupported)
+}
+
+// Drop implements fscache.Engine: cachefiles cannot, but for a whole object that is not in use (`cull`).
+func (e *Engine) Drop(k fscache.Key, _ fscache.Extent) error {
+	return fmt.Errorf("dropping data of object %s: %w", k, errors.ErrUnsupported)
+}
+
+// Present implements fscache.Engine. ErrNotOpen: nothing has the object open, and its cache file, if it has one, is the kernel's.
+func (e *Engine) Present(k fscache.Key) ([]fscache.Extent, error) {
+	o, h, err := e.openObject(k)
+	if err != nil {
+		return nil, err
+	}
+	return h.present(o.size)
+}
+
+// Complete implements fscache.Engine. The kernel finds out by itself: it asks for holes only.
+func (e *Engine) Complete(k fscache.Key) error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	_, err := e.object(k)
+	return err
+}
+
+// Sync implements fscache.Engine. The object's descriptor has no fsync, so it syncs the file system. That is enough for an
+// object that existed before it was opened. One made since then has no name until the last mount that uses it is gone
+// (namei.c, cachefiles_create_tmpfile and cachefiles_commit_tmpfile): a power failure takes it, whatever was synced.
+func (e *Engine) Sync(k fscache.Key) error {
+	if err := e.Complete(k); err != nil {
+		return err
+	}
+	if err := control(e.dir, unix.Syncfs); err != nil {
+		return fmt.Errorf("syncing the cache of object %s: %w", k, err)
+	}
+	return nil
+}
+
+// Freeze implements fscache.Engine.
+func (e *Engine) Freeze() error {
+	if err := e.dev.f.SetReadDeadline(time.Unix(1, 0)); err != nil && !errors.Is(err, os.ErrClosed) {
+		return fmt.Errorf("stop reading %s: %w", devicePath, err)
+	}
+	return nil
+}
+
+// Close implements fscache.Engine. If nobody else holds the device, the cache dies: what waits gets EIO, and so does
+// every later read of every mount (I4).
+//
+// ORDER: objects before the device: the other way round, old kernels wait for us for ever.
+func (e *Engine) Close() error {
+	e.mu.Lock()
+	if e.closed {
+		e.mu.Unlock()
+		return nil
+	}
+	e.closed = true
+	e.announce()
+	e.mu.Unlock()
+
+	err := e.Freeze()
+	e.reading.Lock() // no Next is inside, none comes in
+	defer e.reading.Unlock()
+	for _, h := range e.handles {
+		err = errors.Join(err, h.f.Close())
+	}
+	return errors.Join(err, e.dir.Close(), e.dev.f.Close())
+}
+
+// announce wakes everybody who waits for an object to be opened. e.mu is held.
+func (e *Engine) announce() {
+	close(e.changed)
+	e.changed = make(chan struct{})
+}
