@@ -11,6 +11,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -262,4 +263,43 @@ func rows(t *rafs.Table) (out []rafs.Chunk) {
 		}
 	}
 	return out
+}
+
+// makeOCI writes an ordinary image of uncompressed layers to a layout, converts it, and returns the result's layout.
+func makeOCI(t *testing.T, layers ...map[string][]byte) (dir string) {
+	t.Helper()
+	src := t.TempDir()
+	if err := os.MkdirAll(filepath.Join(src, "blobs/sha256"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	put := func(mediaType string, b []byte) ocispec.Descriptor {
+		return ocispec.Descriptor{MediaType: mediaType, Digest: putBlob(t, src, b), Size: int64(len(b))}
+	}
+	doc := func(mediaType string, v any) ocispec.Descriptor {
+		b, err := json.Marshal(v)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return put(mediaType, b)
+	}
+	config := ocispec.Image{Platform: ocispec.Platform{OS: "linux", Architecture: runtime.GOARCH}, RootFS: ocispec.RootFS{Type: "layers"}}
+	m := ocispec.Manifest{MediaType: ocispec.MediaTypeImageManifest}
+	m.SchemaVersion = 2
+	for _, files := range layers {
+		d := put(ocispec.MediaTypeImageLayer, makeTar(t, files))
+		m.Layers = append(m.Layers, d)
+		config.RootFS.DiffIDs = append(config.RootFS.DiffIDs, d.Digest)
+	}
+	m.Config = doc(ocispec.MediaTypeImageConfig, config)
+	idx := ocispec.Index{Manifests: []ocispec.Descriptor{doc(ocispec.MediaTypeImageManifest, m)}}
+	idx.SchemaVersion = 2
+	writeJSON(t, filepath.Join(src, "index.json"), idx)
+	if err := os.WriteFile(filepath.Join(src, "oci-layout"), []byte(`{"imageLayoutVersion":"1.0.0"}`), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	dir = filepath.Join(t.TempDir(), "converted")
+	if _, err := convert.Run(t.Context(), convert.Options{Source: "oci:" + src, Dest: "oci:" + dir + ":v1", ChunkSize: 64 << 10}); err != nil {
+		t.Fatal(err)
+	}
+	return dir
 }

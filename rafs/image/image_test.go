@@ -90,6 +90,45 @@ func TestLayoutAndRegistryGiveTheSameImage(t *testing.T) {
 	}
 }
 
+// Device i+1 of the bootstrap is blob i: each file's chunks, read from the blob that is said to have them, are the file.
+func TestChunksOfEveryLayerAreInTheirBlob(t *testing.T) {
+	layers := []map[string][]byte{
+		{"a": random(1, 200000), "gone": random(2, 100000)},
+		{"b": random(3, 150000), "again": random(1, 200000)},
+		{"c": random(4, 100), ".wh.gone": nil},
+	}
+	dir := makeOCI(t, layers...)
+	img := open(t, "oci:"+dir)
+	d, err := Inspect(t.Context(), img.Ref, Options{}, true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(img.Blobs) != 3 || len(d.Tree) != 5 {
+		t.Fatalf("%d blobs, %d entries", len(img.Blobs), len(d.Tree))
+	}
+	var objects [][]byte
+	for _, b := range img.Blobs {
+		o, err := object(t.Context(), b)
+		if err != nil {
+			t.Fatal(err)
+		}
+		objects = append(objects, o)
+	}
+	want := map[string][]byte{"/a": layers[0]["a"], "/b": layers[1]["b"], "/again": layers[0]["a"], "/c": layers[2]["c"]}
+	for _, e := range d.Tree[1:] {
+		var got []byte
+		for _, c := range e.Chunks {
+			got = append(got, objects[c.Blob][c.Offset:][:c.Size]...)
+		}
+		if !bytes.Equal(got, want[e.Path]) {
+			t.Errorf("%s: %d bytes in %+v", e.Path, len(got), e.Chunks)
+		}
+	}
+	if r, err := Check(t.Context(), img.Ref, Options{}, nil); err != nil || r.LayerDigests != 3 {
+		t.Errorf("check: %+v, %v", r, err)
+	}
+}
+
 func TestPlanIsPrefetchTableThenAllBlobs(t *testing.T) {
 	dir := makeLayout(t, sample(), convert.Options{Prefetch: []string{"/text", "/dir"}})
 	img := open(t, "oci:"+dir)
