@@ -8,6 +8,7 @@ import (
 
 	"go.uber.org/zap"
 
+	"holdfast/fscache"
 	"holdfast/rafs"
 	"holdfast/rafs/source"
 )
@@ -150,7 +151,7 @@ func (f *filler) finish(o *object) {
 		if err == nil {
 			err = f.engine.Complete(o.key)
 		}
-		if err != nil {
+		if err != nil && !errors.Is(err, fscache.ErrUnknown) { // unmounted meanwhile
 			f.log.Error("object is complete but cannot be left to the kernel", zap.Stringer("object", o.key), zap.Error(err))
 		}
 	})

@@ -29,7 +29,8 @@ type object struct {
 	// quiet is a descriptor whose reads and writes raise no events: opened before the mark, or the kernel's own from an
 	// event. Nil until there is one, which is only while nothing was read since a successor took the group over.
 	quiet atomic.Pointer[os.File]
-	// seek finds data and holes, which raises no event on any descriptor. It is quiet, or stands in until there is one.
+	// seek finds data and holes, which raises no event on any descriptor. It is quiet, or stands in until there is one:
+	// see file.
 	seek *os.File
 
 	mu        sync.Mutex
@@ -143,7 +144,7 @@ func (o *object) unmark(group *os.File) error {
 // changeMark names the file by descriptor, so that it is the one that was opened whatever happened to its name.
 func (o *object) changeMark(group *os.File, op uint) error {
 	return control(group, func(groupFD int) error {
-		return control(o.seek, func(fd int) error {
+		return control(o.file(), func(fd int) error {
 			return unix.FanotifyMark(groupFD, op, unix.FAN_PRE_ACCESS, fd, "")
 		})
 	})
@@ -152,9 +153,9 @@ func (o *object) changeMark(group *os.File, op uint) error {
 // inUse says whether anything else has the file open: a mount, or a reader that waits. It asks for a write lease, which
 // the kernel gives only to the one opener of a file (fs/locks.c, check_conflicting_open), and gives it back.
 func (o *object) inUse() (bool, error) {
-	file := o.seek
-	if q := o.quiet.Load(); q != nil {
-		file = q
+	file := o.file()
+	if file != o.seek {
+		_ = o.seek.Close() // no longer needed, and it would count as somebody else's; only read from
 	}
 	err := control(file, func(fd int) error {
 		if _, err := unix.FcntlInt(uintptr(fd), unix.F_SETLEASE, unix.F_WRLCK); err != nil {
@@ -170,6 +171,14 @@ func (o *object) inUse() (bool, error) {
 		return false, fmt.Errorf("lease on cache file %s: %w", o.path, err)
 	}
 	return false, nil
+}
+
+// file returns a descriptor for what raises no event on any: everything but reading and writing.
+func (o *object) file() *os.File {
+	if q := o.quiet.Load(); q != nil {
+		return q
+	}
+	return o.seek
 }
 
 // adopt keeps a copy of an event's descriptor as the object's quiet one, if it has none.
@@ -261,7 +270,7 @@ func (o *object) ioError(doing string, off int64, err error) error {
 // present lists the file's data extents. Preallocated space that was never written is a hole (ext4 and xfs say so).
 func (o *object) present() ([]fscache.Extent, error) {
 	var extents []fscache.Extent
-	err := control(o.seek, func(fd int) error {
+	err := control(o.file(), func(fd int) error {
 		for off := int64(0); off < o.size; {
 			data, err := unix.Seek(fd, off, unix.SEEK_DATA)
 			if errors.Is(err, unix.ENXIO) {
@@ -288,11 +297,7 @@ func (o *object) present() ([]fscache.Extent, error) {
 
 // sync makes the file's data durable, and once, that it exists.
 func (o *object) sync() error {
-	f := o.quiet.Load()
-	if f == nil {
-		f = o.seek // fdatasync raises no event
-	}
-	if err := control(f, unix.Fdatasync); err != nil {
+	if err := control(o.file(), unix.Fdatasync); err != nil {
 		return o.ioError("syncing", 0, err)
 	}
 	o.mu.Lock()
@@ -324,9 +329,9 @@ func syncDir(path string) error {
 
 // close closes the descriptors.
 func (o *object) close() error {
-	err := o.seek.Close()
-	if q := o.quiet.Load(); q != nil && q != o.seek {
-		err = errors.Join(err, q.Close())
+	err := o.file().Close()
+	if e := o.seek.Close(); !errors.Is(e, os.ErrClosed) {
+		err = errors.Join(err, e)
 	}
 	return err
 }
