@@ -144,8 +144,8 @@ func (m *mount) stopPrefetch() {
 }
 
 // mount mounts an image. After an error nothing is left of the attempt but what was downloaded of the image's metadata.
-func (d *Daemon) mount(ctx context.Context, r MountRequest) (m *mount, err error) {
-	m = &mount{record: state.Mount{
+func (d *Daemon) mount(ctx context.Context, r MountRequest) (_ *mount, err error) {
+	m := &mount{record: state.Mount{
 		ID: "mount-" + strings.ToLower(rand.Text()), Ref: r.Image, Dir: r.Dir, Domain: cmp.Or(r.Domain, DefaultDomain),
 		Prefetch: d.opt.Prefetch, PrefetchBPS: d.opt.PrefetchBPS, Created: time.Now().UTC(),
 	}}
