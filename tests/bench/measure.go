@@ -64,12 +64,6 @@ func median(v []float64) float64 {
 	return s[len(s)/2]
 }
 
-// dropCaches empties the page cache, the dentries and the inodes of this host.
-func dropCaches() error {
-	unix.Sync()
-	return os.WriteFile("/proc/sys/vm/drop_caches", []byte("3"), 0)
-}
-
 // readAll reads every regular file below dir once, one after the other, and returns the bytes read and the seconds taken.
 func readAll(dir string) (int64, float64, error) {
 	buf := make([]byte, 128<<10)

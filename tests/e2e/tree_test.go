@@ -232,7 +232,7 @@ func (m model) compareOne(t *testing.T, p, rel string, f *file) {
 	if f.peer != "" {
 		first = m[f.peer]
 		var peer unix.Stat_t
-		if err := unix.Lstat(filepath.Join(filepath.Dir(strings.TrimSuffix(p, rel)), filepath.Base(strings.TrimSuffix(p, rel)), f.peer), &peer); err != nil || peer.Ino != st.Ino {
+		if err := unix.Lstat(filepath.Join(strings.TrimSuffix(p, rel), f.peer), &peer); err != nil || peer.Ino != st.Ino {
 			t.Errorf("%q is not the inode of %q: %d and %d (%v)", rel, f.peer, st.Ino, peer.Ino, err)
 		}
 	}
