@@ -296,6 +296,18 @@ func (r *rig) read(dir string, k fscache.Key, off, n int64) <-chan result {
 	return done
 }
 
+// check reads n bytes and checks them; unlike get it may be called from any goroutine.
+func (r *rig) check(dir string, k fscache.Key, off, n int64) {
+	p := make([]byte, n)
+	if err := r.h.Readers.Read(dir, k, p, off); err != nil {
+		r.t.Errorf("read of %s at %d: %v", k, off, err)
+		return
+	}
+	if !bytes.Equal(p, content(k, off, n)) {
+		r.t.Errorf("read of %s at %d: wrong bytes", k, off)
+	}
+}
+
 // get waits for a read and checks its bytes.
 func (r *rig) get(done <-chan result, k fscache.Key, off int64) {
 	r.t.Helper()

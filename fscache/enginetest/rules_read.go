@@ -150,6 +150,51 @@ func answersInAnyOrder(t *testing.T, h Harness) {
 	}
 }
 
+// answerReachesItsOwnReader fills every request for one object and denies every one for another, as fast as it can: an
+// answer that went astray would fail a reader of the first or let one of the second on.
+func answerReachesItsOwnReader(t *testing.T, h Harness) {
+	r := newRig(t, h, nil)
+	r.start(4)
+	good, bad := blob("d", "a"), blob("d", "b")
+	dir := r.mount("image", good, bad)
+	var answering sync.WaitGroup
+	over := make(chan struct{})
+	for range 4 {
+		answering.Go(func() { // ends with over
+			for {
+				select {
+				case req := <-r.reads:
+					if req.Object == good.Key {
+						r.fill(req)
+					} else {
+						r.answer(req, fscache.EIO)
+					}
+				case <-over:
+					return
+				}
+			}
+		})
+	}
+	var reading sync.WaitGroup
+	for i := range int64(8) {
+		reading.Go(func() {
+			for n := range int64(blobSize / page / 8) {
+				r.check(dir, good.Key, (n*8+i)*page, page)
+			}
+		})
+		reading.Go(func() {
+			for n := range int64(64) {
+				if err := h.Readers.Read(dir, bad.Key, make([]byte, page), n*page); !errors.Is(err, unix.EIO) {
+					t.Errorf("denied reader got %v, want EIO", err)
+				}
+			}
+		})
+	}
+	reading.Wait()
+	close(over)
+	answering.Wait()
+}
+
 func concurrentReadersOfOneRange(t *testing.T, h Harness) {
 	r := newRig(t, h, nil)
 	r.start(3)
@@ -157,17 +202,10 @@ func concurrentReadersOfOneRange(t *testing.T, h Harness) {
 	a := blob("d", "a")
 	dir := r.mount("image", a)
 	var wg sync.WaitGroup
-	for i := range 16 {
+	for range 16 {
 		wg.Go(func() {
 			for off := int64(0); off < 64*page; off += 4 * page {
-				p := make([]byte, 4*page)
-				if err := h.Readers.Read(dir, a.Key, p, off); err != nil {
-					t.Errorf("reader %d at %d: %v", i, off, err)
-					return
-				}
-				if string(p) != string(content(a.Key, off, 4*page)) {
-					t.Errorf("reader %d at %d: wrong bytes", i, off)
-				}
+				r.check(dir, a.Key, off, 4*page)
 			}
 		})
 	}

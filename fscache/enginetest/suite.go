@@ -16,6 +16,7 @@ var rules = []struct {
 	{"EachRequestGoesToOneCallerOfNext", eachRequestGoesToOneCaller},
 	{"SecondAnswerIsRefused", secondAnswerIsRefused},
 	{"AnswersInAnyOrderReachTheirReaders", answersInAnyOrder},
+	{"AnAnswerReachesItsOwnReaderOnly", answerReachesItsOwnReader},
 	{"ConcurrentReadersOfOneRange", concurrentReadersOfOneRange},
 	{"SlowObjectDelaysItsOwnReadersOnly", slowObjectDelaysItsOwnReaders},
 	{"KilledReaderDisturbsNobody", killedReaderDisturbsNobody},

@@ -232,6 +232,27 @@ func TestEventsWaitInTheKernelWhileDescriptorsAreShort(t *testing.T) {
 	}
 }
 
+func TestFreezeEndsAWaitForDescriptors(t *testing.T) {
+	e := open(t, Config{})
+	e.limit = 0
+	ended := make(chan error, 1)
+	go func() { // ends with Freeze
+		_, err := e.Next()
+		ended <- err
+	}()
+	select {
+	case err := <-ended:
+		t.Fatalf("Next returned: %v", err)
+	case <-time.After(20 * time.Millisecond):
+	}
+	if err := e.Freeze(); err != nil {
+		t.Fatal(err)
+	}
+	if err := await(t, ended); !errors.Is(err, fscache.ErrClosed) {
+		t.Errorf("Next: %v, want ErrClosed", err)
+	}
+}
+
 func TestSuccessorWritesOnceTheFirstEventCame(t *testing.T) {
 	dir := t.TempDir()
 	old := open(t, Config{Dir: dir})

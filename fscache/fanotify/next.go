@@ -29,9 +29,7 @@ func (e *Engine) Next() (fscache.Request, error) {
 func (e *Engine) read() (Event, error) {
 	var buf [maxEventLen]byte // room for one event: what we have not read stays with the kernel
 	for {
-		if err := e.waitForRoom(); err != nil {
-			return Event{}, err
-		}
+		e.waitForRoom()
 		n, err := e.group.Read(buf[:])
 		switch {
 		case err == nil:
@@ -53,16 +51,12 @@ func (e *Engine) read() (Event, error) {
 
 // waitForRoom holds reading back while half of all descriptors are taken by events: an event left with the kernel
 // waits, one it finds no descriptor for is denied.
-func (e *Engine) waitForRoom() error {
+func (e *Engine) waitForRoom() {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	for len(e.pending) >= e.limit && !e.frozen {
 		e.room.Wait()
 	}
-	if e.frozen {
-		return fscache.ErrClosed
-	}
-	return nil
 }
 
 // decode returns the event in b. One that makes no sense is denied, as is anything behind it: the buffer has room for one

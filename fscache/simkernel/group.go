@@ -65,11 +65,11 @@ func (g *group) fetch(ctx context.Context, k fscache.Key, off, n int64) error {
 	if !killed {
 		return err
 	}
-	// fanotify_get_response: not read yet, it is taken back; read, it stays until it is answered (FAN_EVENT_CANCELED).
+	// fanotify_get_response: not read yet, it is taken back; read, it stays until it is answered, which then is an answer
+	// to nobody (FAN_EVENT_CANCELED).
 	if i := slices.Index(g.queue, r); i >= 0 {
 		g.queue = slices.Delete(g.queue, i, i+1)
 	}
-	r.canceled = true
 	return err
 }
 
@@ -94,8 +94,6 @@ func (g *group) answer(_ *Engine, number uint64, e fscache.Errno) error {
 	}
 	r := g.access[i]
 	g.access = slices.Delete(g.access, i, i+1)
-	if !r.canceled { // finish_permission_event frees a canceled one
-		r.done <- errnoOf(e)
-	}
+	r.done <- errnoOf(e)
 	return nil
 }

@@ -79,13 +79,12 @@ func (m *mount) objects() []fscache.Key {
 
 // A request is something somebody in the kernel waits for.
 type request struct {
-	op       fscache.Op
-	key      fscache.Key
-	off, n   int64
-	number   uint64     // message id, or event descriptor once read
-	read     bool       // a process has it
-	canceled bool       // fanotify: its reader was killed after it was read
-	done     chan error // what the waiter gets; one slot
+	op     fscache.Op
+	key    fscache.Key
+	off, n int64
+	number uint64     // message id, or event descriptor once read
+	read   bool       // a process has it
+	done   chan error // what the waiter gets; one slot
 }
 
 func newRequest(op fscache.Op, k fscache.Key, off, n int64) *request {
