@@ -10,6 +10,7 @@ import (
 	"strings"
 	"testing"
 
+	"holdfast/rafs"
 	"holdfast/rafs/blob"
 	"holdfast/rafs/bootstrap"
 	"holdfast/rafs/convert"
@@ -212,7 +213,8 @@ func TestDigestsComeFromTheChunkTableWhereTheBlobHasNone(t *testing.T) {
 		t.Fatal(err)
 	}
 	got := &Blob{}
-	if err := got.setMeta(m, &bootstrap.Summary{Chunks: boot.Chunks}, 0); err != nil {
+	other := bootstrap.ChunkEntry{Blob: 2, Digest: rafs.Digest{1}} // of another blob, and of the same index
+	if err := got.setMeta(m, &bootstrap.Summary{Chunks: append(boot.Chunks, other)}, 0); err != nil {
 		t.Fatal(err)
 	}
 	if !reflect.DeepEqual(got.Table, b.Table) {
