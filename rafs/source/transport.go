@@ -23,6 +23,8 @@ func newTransport() *http.Transport {
 		MaxResponseHeaderBytes: 1 << 20,
 		DisableCompression:     true, // a range of a compressed answer is not a range of the blob
 		ForceAttemptHTTP2:      true,
+		// One dead HTTP/2 connection would stall every request that is put on it: ask it whether it lives.
+		HTTP2: &http.HTTP2Config{SendPingTimeout: 15 * time.Second, PingTimeout: 15 * time.Second},
 	}
 }
 
