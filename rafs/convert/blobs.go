@@ -100,7 +100,7 @@ func eachFile(root *tree.Node, fn func(*tree.Inode)) error {
 // convertLayer reads the next layer of an image into a blob beside the output. On return the layer's tree refers to
 // chunks of this and earlier blobs of the image.
 func (j *imageJob) convertLayer(ctx context.Context, in inputLayer) (_ *layer, err error) {
-	path := filepath.Join(j.out.dir(), fmt.Sprintf("blob-%d", len(j.blobs)+1))
+	path := filepath.Join(j.out.dir(), fmt.Sprintf("image-%d-blob-%d", j.number, len(j.blobs)+1))
 	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o644)
 	if err != nil {
 		return nil, err
@@ -118,7 +118,9 @@ func (j *imageJob) convertLayer(ctx context.Context, in inputLayer) (_ *layer, e
 	}
 	defer w.Close()
 	j.meter.start(w)
-	r := &layerReader{layer: newLayer(j.root), chunks: &chunker{w: w, chunk: uint64(j.o.ChunkSize)}, read: &j.meter.read}
+	r := &layerReader{
+		layer: newLayer(j.root), chunks: &chunker{w: w, chunk: uint64(j.o.ChunkSize)}, read: &j.meter.read, sparse: maxSparse,
+	}
 	if err := in.read(ctx, r); err != nil {
 		return nil, err
 	}

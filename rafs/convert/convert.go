@@ -3,6 +3,7 @@ package convert
 import (
 	"context"
 	"fmt"
+	"os"
 
 	"github.com/google/go-containerregistry/pkg/authn"
 	"github.com/opencontainers/go-digest"
@@ -17,16 +18,16 @@ import (
 
 // Options say what [Run] converts, and how. Only Source and Dest must be set.
 type Options struct {
-	Source    string // dir:PATH, tar:PATH, oci:PATH[:TAG] or docker://REF
-	Dest      string // oci:PATH:TAG or docker://REF
-	ChunkSize uint32 // bytes, a power of two from rafs.MinChunkSize to rafs.MaxChunkSize; 0: rafs.DefaultChunkSize
-	Codec     rafs.Codec
-	Digest    rafs.DigestAlgo
-	Platforms []string       // of an index convert these, "linux/arm64" for example; none: all
-	Workers   int            // goroutines that compress; 0: as many as the machine has processors. Changes no byte of the result
-	Prefetch  []string       // absolute paths of files and directories to be fetched first, most important first
-	Progress  func(Progress) // called about ten times a second and at the end, from one goroutine at a time; may be nil
-	Keychain  authn.Keychain // credentials for registries; nil: the Docker configuration file and its helpers
+	Source    string          // dir:PATH, tar:PATH, oci:PATH[:TAG] or docker://REF
+	Dest      string          // oci:PATH:TAG or docker://REF
+	ChunkSize uint32          // bytes, a power of two from rafs.MinChunkSize to rafs.MaxChunkSize; 0: rafs.DefaultChunkSize
+	Codec     rafs.Codec      // of the chunks; none unless set
+	Digest    rafs.DigestAlgo // of the chunks; blake3 unless set
+	Platforms []string        // of an index convert these, "linux/arm64" for example; none: all
+	Workers   int             // goroutines that compress; 0: as many as the machine has processors. Changes no byte of the result
+	Prefetch  []string        // absolute paths of files and directories to be fetched first, most important first
+	Progress  func(Progress)  // called about ten times a second and at the end, from one goroutine at a time; may be nil
+	Keychain  authn.Keychain  // credentials for registries; nil: the Docker configuration file and its helpers
 }
 
 // A Result is an image as it was written.
@@ -293,15 +294,18 @@ func (j *imageJob) pack(ctx context.Context, img inputImage) (document, error) {
 	return manifest, err
 }
 
-// put stores the blobs that are kept, up to four at once, and the documents.
+// put stores the blobs that are kept, up to four at once, and the documents, and removes the other blobs.
 func (j *imageJob) put(ctx context.Context, kept []bool, docs ...document) error {
 	j.meter.phase(PhaseStore)
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(4)
 	for i, b := range j.blobs {
-		if kept[i] {
-			g.Go(func() error { return j.out.putFile(ctx, blobDescriptor(b), b.path) })
-		}
+		g.Go(func() error {
+			if kept[i] {
+				return j.out.putFile(ctx, blobDescriptor(b), b.path)
+			}
+			return os.Remove(b.path)
+		})
 	}
 	for _, d := range docs {
 		g.Go(func() error { return j.out.putBytes(ctx, d.desc, d.body) })

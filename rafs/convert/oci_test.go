@@ -465,3 +465,27 @@ func TestDestinationsThatCannotBe(t *testing.T) {
 		t.Errorf("left behind: %v", entries)
 	}
 }
+
+func TestBlobsWithoutDataAreLeftOutOfEveryPlatform(t *testing.T) {
+	tmp := t.TempDir()
+	idx := mutate.IndexMediaType(empty.Index, types.OCIImageIndex)
+	for _, arch := range []string{"amd64", "arm64"} {
+		idx = mutate.AppendManifests(idx, mutate.IndexAddendum{
+			Add:        ociImage(t, makeTar(t, dir("a")), makeTar(t, reg("a/b", arch), reg("c", "hidden")), makeTar(t, reg(".wh.c", "")), makeTar(t, dir("d"))),
+			Descriptor: v1.Descriptor{Platform: &v1.Platform{OS: "linux", Architecture: arch}},
+		})
+	}
+	res, err := Run(context.Background(), Options{Source: "oci:" + ociLayout(t, tmp+"/in", "x", idx), Dest: "oci:" + tmp + "/out:x"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, img := range res.Images {
+		if len(img.Blobs) != 1 {
+			t.Errorf("%s has %d blobs", img.Platform, len(img.Blobs))
+		}
+	}
+	// index.json, oci-layout, an index, and for each platform a manifest, a configuration, a bootstrap layer and a blob.
+	if s := snapshot(t, tmp+"/out"); len(s) != 3+2*4 {
+		t.Errorf("%d files in the layout", len(s))
+	}
+}

@@ -24,7 +24,11 @@ type registryOutput struct {
 	pushed *atomic.Int64 // bytes of blobs sent
 }
 
+// openPush asks the registry whether it will take a push before the work for one begins.
 func openPush(ref name.Reference, keychain authn.Keychain, pushed *atomic.Int64) (*registryOutput, error) {
+	if err := remote.CheckPushPermission(ref, keychain, remote.DefaultTransport); err != nil {
+		return nil, fmt.Errorf("push to %s: %w", ref, err)
+	}
 	p, err := remote.NewPusher(remote.WithAuthFromKeychain(keychain), remote.WithUserAgent("holdfast"))
 	if err != nil {
 		return nil, err

@@ -25,6 +25,7 @@ type layerReader struct {
 	layer         *layer
 	chunks        *chunker
 	read          *atomic.Int64 // bytes read of the source
+	sparse        uint64        // bytes that the sparse files still to come may have
 	skippedXattrs int
 }
 

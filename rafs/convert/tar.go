@@ -2,6 +2,7 @@ package convert
 
 import (
 	"archive/tar"
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -20,7 +21,7 @@ const tarBlock = 512
 
 // readTar reads a layer from an uncompressed tar, which may be empty, to its end.
 func (r *layerReader) readTar(ctx context.Context, in io.Reader) error {
-	pos := &counter{r: in}
+	pos := &counter{ctx: ctx, r: in}
 	tr := tar.NewReader(pos)
 	for {
 		at := pos.n
@@ -36,9 +37,6 @@ func (r *layerReader) readTar(ctx context.Context, in io.Reader) error {
 		}
 		if err := r.tarEntry(ctx, h, tr); err != nil {
 			return fmt.Errorf("entry %.256q before offset %d of the uncompressed tar: %w", h.Name, pos.n, readError(err))
-		}
-		if err := context.Cause(ctx); err != nil {
-			return err
 		}
 	}
 	// What follows the end mark is no part of the archive, but of the blob and its digest.
@@ -79,18 +77,57 @@ func (r *layerReader) tarEntry(ctx context.Context, h *tar.Header, tr io.Reader)
 		return err
 	}
 	if in.IsFile() {
-		err = r.chunks.add(ctx, in, uint64(h.Size), func(b []byte, _ uint64) (bool, error) {
-			_, err := io.ReadFull(tr, b)
-			if err == io.EOF {
-				err = io.ErrUnexpectedEOF
-			}
-			return false, err
-		})
-		if err != nil {
+		if err := r.tarFile(ctx, in, h, tr); err != nil {
 			return err
 		}
 	}
 	return r.layer.put(p, in)
+}
+
+// maxSparse bounds the sum of the sizes of a layer's sparse files, in bytes. The tar package gives their holes as zeros, so
+// that a kilobyte of tar costs the time it takes to read that many.
+const maxSparse = 4 << 40
+
+// tarFile reads the content of a regular file.
+func (r *layerReader) tarFile(ctx context.Context, in *tree.Inode, h *tar.Header, tr io.Reader) error {
+	sparse := isSparse(h)
+	if sparse {
+		if uint64(h.Size) > r.sparse {
+			return fmt.Errorf("its size is %d bytes, and the layer's sparse files may have %d together", h.Size, uint64(maxSparse))
+		}
+		r.sparse -= uint64(h.Size)
+	}
+	return r.chunks.add(ctx, in, uint64(h.Size), func(b []byte, _ uint64) (bool, error) {
+		_, err := io.ReadFull(tr, b)
+		if err == io.EOF {
+			err = io.ErrUnexpectedEOF
+		}
+		return sparse && err == nil && allZero(b), err
+	})
+}
+
+// isSparse reports whether the entry is a sparse file in one of GNU tar's formats.
+func isSparse(h *tar.Header) bool {
+	for k := range h.PAXRecords {
+		if strings.HasPrefix(k, "GNU.sparse.") {
+			return true
+		}
+	}
+	return h.Typeflag == tar.TypeGNUSparse
+}
+
+// zeros is compared with, a piece at a time.
+var zeros [4096]byte
+
+func allZero(b []byte) bool {
+	for len(b) > 0 {
+		n := min(len(b), len(zeros))
+		if !bytes.Equal(b[:n], zeros[:n]) {
+			return false
+		}
+		b = b[n:]
+	}
+	return true
 }
 
 // tarInode returns the inode that a header describes, without attributes and content.
@@ -154,13 +191,17 @@ func (r *layerReader) setXattr(in *tree.Inode, name string, value []byte) error 
 	return r.layer.account(entryMemory/8 + len(name) + len(value))
 }
 
-// A counter counts the bytes read through it.
+// A counter counts the bytes read through it, until its context is cancelled.
 type counter struct {
-	r io.Reader
-	n int64
+	ctx context.Context // of the one call that this reader serves
+	r   io.Reader
+	n   int64
 }
 
 func (c *counter) Read(p []byte) (int, error) {
+	if err := context.Cause(c.ctx); err != nil {
+		return 0, err
+	}
 	n, err := c.r.Read(p)
 	c.n += int64(n)
 	return n, err

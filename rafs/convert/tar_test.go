@@ -271,7 +271,11 @@ func damaged(b []byte, at int) []byte {
 // rawHeader returns a tar with one header that the tar package would not write.
 func rawHeader(t *testing.T, change func(h []byte)) []byte {
 	t.Helper()
-	b := makeTar(t, member{tar.Header{Name: "raw", Typeflag: tar.TypeReg, ModTime: time.Unix(0, 0)}, ""})
+	return rawHeaderOf(makeTar(t, member{tar.Header{Name: "raw", Typeflag: tar.TypeReg, ModTime: time.Unix(0, 0)}, ""}), change)
+}
+
+// rawHeaderOf changes the first header of a tar.
+func rawHeaderOf(b []byte, change func(h []byte)) []byte {
 	change(b[:512])
 	copy(b[148:156], "        ")
 	sum := 0
