@@ -60,6 +60,8 @@ func leaks() int {
 type engine struct {
 	*simkernel.Engine
 
+	mountError error // what Mount fails with, instead
+
 	mu       sync.Mutex
 	asked    map[uint64]time.Time // when Next returned a request, by token
 	answers  []answer
@@ -94,6 +96,13 @@ func (e *engine) Answer(r fscache.Request, n fscache.Errno) error {
 		return nil
 	}
 	return e.Engine.Answer(r, n)
+}
+
+func (e *engine) Mount(ctx context.Context, m fscache.Mount) error {
+	if e.mountError != nil {
+		return e.mountError
+	}
+	return e.Engine.Mount(ctx, m)
 }
 
 // reads returns the answers to reads of an object so far and forgets them.
