@@ -119,6 +119,7 @@ type Engine interface {
 	Freeze() error
 	// Answer ends a request: OK only after the bytes of [Off, Off+Len) that lie inside the object were written.
 	// ErrGone: the reader was killed or the mount is gone, nothing is wrong. ErrAnswered: a bug of the caller's.
+	// One read(2) may ask twice before it fails: when its read-ahead was denied, the kernel asks once more for the page.
 	Answer(r Request, e Errno) error
 
 	// WriteAt writes p, whose digest was checked, at off of the object's cache file. off and len(p) are multiples of

@@ -10,7 +10,8 @@ import (
 )
 
 // Available says whether this engine can work with its cache in dir, by trying: a pre-content group, a mark on a file in
-// dir, a mount of a tiny image in dir. The error names what is missing. It leaves nothing behind.
+// dir, a mount of a tiny image in dir. The error names what is missing. It leaves nothing behind. Whether the kernel has
+// known bugs is CheckKernel's to say.
 func Available(dir string) error {
 	if err := available(dir); err != nil {
 		return fmt.Errorf("fanotify engine in %s: %w", dir, err)

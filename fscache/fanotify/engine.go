@@ -89,7 +89,7 @@ func (e *Engine) open(c Config) (err error) {
 		}
 	}()
 	if !c.AllowUnsafeKernel {
-		if err := checkRunningKernel(); err != nil {
+		if err := CheckKernel(); err != nil {
 			return err
 		}
 	}

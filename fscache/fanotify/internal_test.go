@@ -2,7 +2,9 @@ package fanotify
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -432,6 +434,39 @@ func TestMountErrorSaysWhatAndWhere(t *testing.T) {
 	m.BootstrapPath = "bootstrap"
 	if err := e.Mount(context.Background(), m); err == nil || !strings.Contains(err.Error(), "not absolute") {
 		t.Errorf("Mount of a relative path: %v", err)
+	}
+}
+
+// TestMountTakesMoreDevicesThanAPageOfOptionsHolds mounts 60 devices whose names together have more than 4096 bytes.
+func TestMountTakesMoreDevicesThanAPageOfOptionsHolds(t *testing.T) {
+	const devices, slotLen = 60, 128
+	image := append(tinyImage(), make([]byte, 2*page)...)
+	le := binary.LittleEndian
+	le.PutUint32(image[1024+36:], 3)            // blocks
+	le.PutUint32(image[1024+80:], 0x8)          // EROFS_FEATURE_INCOMPAT_DEVICE_TABLE
+	le.PutUint16(image[1024+86:], devices)      // extra_devices
+	le.PutUint16(image[1024+88:], page/slotLen) // devt_slotoff
+	e := open(t, Config{})
+	m := fscache.Mount{Dir: t.TempDir(), BootstrapPath: filepath.Join(t.TempDir(), "bootstrap")}
+	total := 0
+	for i := range devices {
+		o := testObject
+		o.Key.ID = fmt.Sprintf("%064d", i)
+		total += len(add(t, e, o))
+		m.Blobs = append(m.Blobs, o)
+		le.PutUint32(image[page+i*slotLen+64:], uint32(o.Size/page))
+	}
+	if total <= 4096 {
+		t.Fatalf("the names have %d bytes", total)
+	}
+	if err := os.WriteFile(m.BootstrapPath, image, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := e.Mount(t.Context(), m); err != nil {
+		t.Fatal(err)
+	}
+	if err := e.Unmount(t.Context(), m.Dir); err != nil {
+		t.Error(err)
 	}
 }
 

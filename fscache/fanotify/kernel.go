@@ -19,8 +19,9 @@ var safeSince = map[[2]int]int{
 	{6, 19}: 12,
 }
 
-// checkRunningKernel refuses kernels known to hand out wrong bytes.
-func checkRunningKernel() error {
+// CheckKernel says why the running kernel is not safe for this engine, or nil. Open refuses such a kernel unless told
+// to go on.
+func CheckKernel() error {
 	var u unix.Utsname
 	if err := unix.Uname(&u); err != nil {
 		return fmt.Errorf("uname: %w", err)
@@ -39,6 +40,6 @@ func checkKernel(release string) error {
 	if since, ok := safeSince[[2]int{major, minor}]; ok && patch >= since {
 		return nil
 	}
-	return fmt.Errorf("Linux %s can leave wrong bytes in the page cache when a reader is killed (CVE-2026-31514): "+
+	return fmt.Errorf("kernel %s can leave wrong bytes in the page cache when a reader is killed (CVE-2026-31514): "+
 		"use 6.18.22, 6.19.12, 7.0 or later, or allow unsafe kernels if this one has commit eade54040384", release)
 }
