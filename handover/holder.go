@@ -25,10 +25,11 @@ type holder struct {
 	sock *os.File // unixgram, non-blocking, SO_PASSCRED
 	done chan struct{}
 
-	mu    sync.Mutex
-	pid   int // whose messages are taken; 0: nobody's
-	held  []heldFD
-	ready bool // the process with pid has said READY=1
+	mu     sync.Mutex
+	closed bool
+	pid    int // whose messages are taken; 0: nobody's
+	held   []heldFD
+	ready  bool // the process with pid has said READY=1
 }
 
 // A heldFD is a raw number rather than an *os.File: the runtime would watch a pollable one with epoll, and wake this process at
@@ -74,7 +75,9 @@ func (h *holder) receive() {
 			return false // wait until there is more
 		})
 	}
-	if !errors.Is(err, os.ErrClosed) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if !h.closed {
 		h.log.Error("the notify socket failed: what is held stays held, nothing more is taken", zap.Error(err))
 	}
 }
@@ -107,7 +110,7 @@ func (h *holder) next(buf, oob []byte) bool {
 		}
 	})
 	if err = errors.Join(err, recvErr); err != nil {
-		if !errors.Is(err, unix.EAGAIN) && !errors.Is(err, os.ErrClosed) {
+		if !errors.Is(err, unix.EAGAIN) && !h.closed {
 			h.log.Error("receive a notification", zap.Error(err))
 		}
 		return false
@@ -189,6 +192,9 @@ func (h *holder) remove(name string) {
 // close ends receive and removes the socket. Keep calls it when nothing is held; after a failed start it may be called with
 // receive never run.
 func (h *holder) close() error {
+	h.mu.Lock()
+	h.closed = true
+	h.mu.Unlock()
 	return errors.Join(h.sock.Close(), os.Remove(h.path))
 }
 

@@ -34,8 +34,8 @@ type KeepOptions struct {
 // It takes over SIGTERM, SIGINT and SIGHUP:
 //
 //   - SIGTERM and SIGINT are passed on, and end Keep when the command has ended and no descriptor is held. While one is held Keep
-//     stays, and says so in its log: mounts may depend on it, and with its last close would lose their readers (I4). Reads of what
-//     is in the cache go on, others wait.
+//     stays, and says so in its log: mounts may depend on it, and with its last close their readers would get zeros or errors (I4).
+//     Meanwhile those who read what is not complete in the cache wait.
 //   - SIGHUP is passed on; if the command is not running it is started again.
 //
 // A command that ends by itself is started again if a descriptor is held, or if it had once said READY=1 and did not end
@@ -168,7 +168,7 @@ func (k *keeper) holdOn() bool {
 		return false
 	}
 	k.Log.Warn("not ending: mounts depend on the descriptors held here, and would read zeros without them. "+
-		"Their readers of what is not in the cache wait. To serve them again send this process SIGHUP; to end, do that, "+
+		"Those who read images not complete in the cache wait. To serve them again send this process SIGHUP; to end, do that, "+
 		"unmount all images with holdfast umount, and stop it again",
 		zap.Int("keeper", os.Getpid()), zap.Strings("descriptors", names[:min(len(names), 16)]), zap.Int("held", len(names)))
 	return true

@@ -1,0 +1,80 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"go.uber.org/zap"
+
+	"holdfast/fscache"
+	"holdfast/fscache/fanotify"
+)
+
+// An engineKind is an engine as the command line knows it.
+type engineKind struct {
+	name string
+	// try says why the engine cannot work here with its cache in dir, or nil.
+	try func(dir string) error
+	// open opens the engine, on the lifeline of a process that is gone unless that is nil.
+	open func(dir string, lifeline *os.File, unsafe bool, log *zap.Logger) (fscache.Engine, error)
+}
+
+// engineKinds are tried in this order by --engine auto.
+var engineKinds = []engineKind{
+	{fanotify.Name, fanotify.Available, func(dir string, lifeline *os.File, unsafe bool, log *zap.Logger) (fscache.Engine, error) {
+		return fanotify.Open(fanotify.Config{Dir: dir, Group: lifeline, AllowUnsafeKernel: unsafe, Log: log})
+	}},
+}
+
+func engineNames() string {
+	var names []string
+	for _, k := range engineKinds {
+		names = append(names, k.name)
+	}
+	return strings.Join(names, ", ")
+}
+
+// chooseEngine returns the engine that was inherited, asked for by name, or is the first that works here, and why it is that one.
+func chooseEngine(asked, root string, inherited map[string]*os.File) (engineKind, string, error) {
+	for _, k := range engineKinds {
+		if inherited[k.name] == nil {
+			continue
+		}
+		if asked != "auto" && asked != k.name {
+			return k, "", fmt.Errorf("the supervisor holds mounts of the %s engine: serve them with --engine %s, and unmount them before changing the engine", k.name, k.name)
+		}
+		return k, "the supervisor holds its descriptor", nil
+	}
+	var reasons []error
+	for _, k := range engineKinds {
+		switch {
+		case asked == k.name:
+			return k, "chosen by --engine", nil
+		case asked != "auto":
+			continue
+		}
+		err := tryEngine(k, root)
+		if err == nil {
+			return k, "the first of " + engineNames() + " that works here", nil
+		}
+		reasons = append(reasons, err)
+	}
+	if asked != "auto" {
+		return engineKind{}, "", usagef("--engine=%q: want auto, or one of %s", asked, engineNames())
+	}
+	return engineKind{}, "", &exitError{exitKernel, fmt.Errorf("no engine works here: %w", errors.Join(reasons...))}
+}
+
+// tryEngine tries an engine in its cache directory below root, which is made.
+func tryEngine(k engineKind, root string) error {
+	dir := cacheDir(root, k.name)
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	return k.try(dir)
+}
+
+func cacheDir(root, engine string) string { return filepath.Join(root, "cache", engine) }

@@ -1,0 +1,82 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+
+	"github.com/urfave/cli/v2"
+
+	"holdfast/rafs/image"
+)
+
+const imageUsage = "IMAGE is oci:PATH[:TAG], docker://REF, or rafs:BOOTSTRAP[,BLOBDIR] for a bare bootstrap and blobs named by id.\n\n"
+
+func checkCommand() *cli.Command {
+	return &cli.Command{
+		Name: "check", Usage: "verify an image from end to end: its structure and every chunk",
+		ArgsUsage:   "IMAGE",
+		Description: imageUsage + "Example:\n   holdfast check oci:/srv/images:python",
+		Flags:       []cli.Flag{jsonFlag()},
+		Action:      check,
+	}
+}
+
+func check(c *cli.Context) error {
+	args, err := arguments(c, "IMAGE")
+	if err != nil {
+		return err
+	}
+	meter := newMeter(os.Stderr)
+	report, err := image.Check(c.Context, args[0], image.Options{}, meter.checking)
+	meter.finish()
+	if report == nil {
+		return err
+	}
+	return errors.Join(err, printReport(c, report))
+}
+
+func printReport(c *cli.Context, r *image.Report) error {
+	if c.Bool("json") {
+		return printJSON(c, r)
+	}
+	for _, d := range r.Damage {
+		if _, err := fmt.Fprintln(c.App.Writer, d); err != nil {
+			return err
+		}
+	}
+	_, err := fmt.Fprintf(c.App.Writer, "%s %s\n%d directories, %d files, %d links, %d others; %d chunks of %d blobs compared, %s in %s stored\n",
+		r.Ref, r.Digest, r.Directories, r.Files, r.Links, r.Others, r.Chunks, r.Blobs, human(int64(r.ChunkBytes)), human(int64(r.StoredBytes)))
+	return err
+}
+
+func inspectCommand() *cli.Command {
+	return &cli.Command{
+		Name: "inspect", Usage: "show an image: tree, blobs, chunks, what deduplication saves",
+		ArgsUsage:   "IMAGE",
+		Description: imageUsage + "Example:\n   holdfast inspect --json --chunks docker://registry.example/python:rafs",
+		Flags: []cli.Flag{
+			jsonFlag(),
+			&cli.BoolFlag{Name: "chunks", Usage: "with --json, also every chunk of every file"},
+		},
+		Action: inspect,
+	}
+}
+
+func inspect(c *cli.Context) error {
+	args, err := arguments(c, "IMAGE")
+	if err != nil {
+		return err
+	}
+	if c.Bool("chunks") && !c.Bool("json") {
+		return usagef("--chunks needs --json")
+	}
+	d, err := image.Inspect(c.Context, args[0], image.Options{}, c.Bool("chunks"))
+	switch {
+	case err != nil:
+		return err
+	case c.Bool("json"):
+		return printJSON(c, d)
+	}
+	return d.Print(c.App.Writer)
+}

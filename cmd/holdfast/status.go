@@ -1,0 +1,98 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/urfave/cli/v2"
+
+	"holdfast/daemon"
+)
+
+func imagesCommand() *cli.Command {
+	return &cli.Command{
+		Name: "images", Usage: "list the images that the daemon knows",
+		Description: "Example:\n   holdfast images --json",
+		Flags:       []cli.Flag{jsonFlag()},
+		Action: func(c *cli.Context) error {
+			return show(c, (*daemon.Client).Images, func(t *tabwriter.Writer, list []daemon.ImageInfo) {
+				fmt.Fprintln(t, "IMAGE\tREF\tSIZE\tCACHED\tMOUNTED ON")
+				for _, i := range list {
+					fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\n", i.Digest, i.Ref, human(i.Size), human(i.Present), strings.Join(i.Mounts, " "))
+				}
+			})
+		},
+	}
+}
+
+func statusCommand() *cli.Command {
+	return &cli.Command{
+		Name: "status", Usage: "say what the daemon is doing",
+		Description: "Example:\n   holdfast status --json",
+		Flags:       []cli.Flag{jsonFlag()},
+		Action: func(c *cli.Context) error {
+			return show(c, fullStatus, printStatus)
+		},
+	}
+}
+
+// A statusAnswer is the daemon's status with the mounts themselves in place of their number.
+type statusAnswer struct {
+	daemon.Status
+	Mounts []daemon.MountInfo `json:"mounts"`
+}
+
+func fullStatus(client *daemon.Client, ctx context.Context) (s statusAnswer, err error) {
+	if s.Status, err = client.Status(ctx); err == nil {
+		s.Mounts, err = client.Mounts(ctx)
+	}
+	return s, err
+}
+
+func printStatus(t *tabwriter.Writer, s statusAnswer) {
+	fmt.Fprintf(t, "release\t%s, process %d, for %v\n", s.Release, s.PID, time.Since(s.Started).Round(time.Second))
+	fmt.Fprintf(t, "engine\t%s (%s)\n", s.Engine, s.EngineReason)
+	fmt.Fprintf(t, "requests\t%d pending, the oldest for %v\n", s.Pending, s.OldestAge.Round(time.Millisecond))
+	fmt.Fprintf(t, "data\t%s fetched, %s served\n", human(s.Fetched), human(s.Served))
+	fmt.Fprintf(t, "errors\t%d wrong chunks, %d failed fetches, %d requests refused\n", s.Mismatches, s.Failures, s.Refused)
+	for _, d := range s.Damaged {
+		fmt.Fprintf(t, "damaged\t%s\n", d)
+	}
+	for _, m := range s.Mounts {
+		fmt.Fprintf(t, "mount\t%s on %s\n", m.Ref, m.Dir)
+		if m.Broken != "" {
+			fmt.Fprintf(t, "\tcannot be served: %s\n", m.Broken)
+		}
+	}
+	for _, o := range s.Objects {
+		fmt.Fprintf(t, "object\t%s/%s: %s of %s cached\n", o.Domain, o.ID, human(o.Present), human(o.Size))
+	}
+	for _, src := range s.Sources {
+		fmt.Fprintf(t, "source\t%s: %s in %d requests\n", src.Name, human(src.Fetched), src.Requests)
+	}
+}
+
+// show asks the daemon and prints its answer: as JSON, or as print does for people.
+func show[T any](c *cli.Context, ask func(*daemon.Client, context.Context) (T, error), print func(*tabwriter.Writer, T)) error {
+	if _, err := arguments(c); err != nil {
+		return err
+	}
+	client, err := newClient(c)
+	if err != nil {
+		return err
+	}
+	defer client.Close()
+	answer, err := ask(client, c.Context)
+	if err != nil {
+		return err
+	}
+	if c.Bool("json") {
+		return printJSON(c, answer)
+	}
+	t := tabwriter.NewWriter(c.App.Writer, 0, 0, 2, ' ', 0)
+	print(t, answer)
+	return t.Flush()
+}
