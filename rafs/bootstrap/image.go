@@ -31,10 +31,6 @@ const (
 // entry for each of many files in a deep directory they could be hundreds of times as long as the file.
 func maxPrefetchPaths(size uint64) uint64 { return 1<<20 + 4*size }
 
-// PlaceholderID is the id that a blob has in the bootstrap that is part of the blob itself: the real one is the digest
-// of the whole, which cannot be known then.
-const PlaceholderID = "xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx"
-
 // An Image is what a bootstrap says, in both directions.
 type Image struct {
 	Root      *tree.Node

@@ -148,7 +148,7 @@ func checkBlob(b *rafs.BlobInfo, chunkSize uint32) error {
 
 // checkBlobID accepts up to 64 bytes of lower-case hex: ids become parts of file names and URLs.
 func checkBlobID(id string) error {
-	if id == PlaceholderID {
+	if id == rafs.PlaceholderID {
 		return nil
 	}
 	if id == "" || len(id) > 64 {

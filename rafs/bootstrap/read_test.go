@@ -244,7 +244,7 @@ func TestHolesCutIntoPartsHaveABudget(t *testing.T) {
 
 func TestPlaceholderStandsForABlobsID(t *testing.T) {
 	img := smallImage(t)
-	img.Prefetch, img.Blobs[1].ID = nil, PlaceholderID
+	img.Prefetch, img.Blobs[1].ID = nil, rafs.PlaceholderID
 	got, err := readImage(write(t, img))
 	if err != nil || diff(img, got) != "" {
 		t.Fatalf("%v\n%s", err, diff(img, got))

@@ -157,7 +157,7 @@ func TestBlobListedTwiceOrWithoutAnIDIsRefused(t *testing.T) {
 	id := strings.Repeat("ab", 32)
 	_, err := Open(t.Context(), bareBootstrap(t, id, id), Options{})
 	contains(t, err, id)
-	_, err = Open(t.Context(), bareBootstrap(t, bootstrap.PlaceholderID), Options{})
+	_, err = Open(t.Context(), bareBootstrap(t, rafs.PlaceholderID), Options{})
 	contains(t, err, "merged")
 	img := open(t, bareBootstrap(t))
 	if len(img.Plan()) != 0 {
