@@ -246,10 +246,10 @@ func TestDaemonRestartKeepsMountsAndWhatIsCached(t *testing.T) {
 	if _, err := os.ReadFile(filepath.Join(dir, "d1/f10")); err != nil {
 		t.Fatal(err)
 	}
-	before := h.present()
 	if err := h.stop(); err != nil {
 		t.Fatal(err)
 	}
+	before := h.present()
 	if err := unix.Unmount(gone, 0); err != nil {
 		t.Fatal(err)
 	}
@@ -273,13 +273,9 @@ func TestDaemonRestartKeepsMountsAndWhatIsCached(t *testing.T) {
 
 // present is how many bytes all objects have.
 func (h *host) present() (n int64) {
-	h.t.Helper()
-	s, err := h.client.Status(h.t.Context())
-	if err != nil {
-		h.t.Fatal(err)
-	}
-	for _, o := range s.Objects {
-		n += o.Present
+	for _, o := range h.d.objects.all() {
+		present, _ := o.presentBytes()
+		n += present
 	}
 	return n
 }
