@@ -36,7 +36,7 @@ func doctor(c *cli.Context) error {
 	none := true
 	for _, k := range engineKinds {
 		f := finding{Engine: k.name, Works: true}
-		if err := tryEngine(k, root); err != nil {
+		if err := tryEngine(k, root, false); err != nil {
 			f.Works, f.Reason = false, err.Error()
 		}
 		none = none && !f.Works

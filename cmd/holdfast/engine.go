@@ -10,23 +10,42 @@ import (
 	"go.uber.org/zap"
 
 	"holdfast/fscache"
+	"holdfast/fscache/cachefiles"
 	"holdfast/fscache/fanotify"
 )
 
 // An engineKind is an engine as the command line knows it.
 type engineKind struct {
 	name string
-	// try says why the engine cannot work here with its cache in dir, or nil.
-	try func(dir string) error
+	// try says why the engine cannot work here with its cache in dir, or nil. With unsafe it does not ask whether the kernel is
+	// known to give wrong bytes.
+	try func(dir string, unsafe bool) error
 	// open opens the engine, on the lifeline of a process that is gone unless that is nil.
 	open func(dir string, lifeline *os.File, unsafe bool, log *zap.Logger) (fscache.Engine, error)
 }
 
-// engineKinds are tried in this order by --engine auto.
+// engineKinds are tried in this order by --engine auto: where a kernel has both, readers of a cachefiles mount whose device is
+// lost get errors, those of a fanotify mount whose group is lost get zeros.
 var engineKinds = []engineKind{
-	{fanotify.Name, fanotify.Available, func(dir string, lifeline *os.File, unsafe bool, log *zap.Logger) (fscache.Engine, error) {
-		return fanotify.Open(fanotify.Config{Dir: dir, Group: lifeline, AllowUnsafeKernel: unsafe, Log: log})
-	}},
+	{
+		name: cachefiles.Name,
+		try:  func(dir string, _ bool) error { return cachefiles.Available(dir) },
+		open: func(dir string, lifeline *os.File, _ bool, log *zap.Logger) (fscache.Engine, error) {
+			return cachefiles.Open(cachefiles.Config{Dir: dir, Device: lifeline, Log: log})
+		},
+	},
+	{
+		name: fanotify.Name,
+		try: func(dir string, unsafe bool) error {
+			if err := fanotify.Available(dir); err != nil || unsafe {
+				return err
+			}
+			return fanotify.CheckKernel()
+		},
+		open: func(dir string, lifeline *os.File, unsafe bool, log *zap.Logger) (fscache.Engine, error) {
+			return fanotify.Open(fanotify.Config{Dir: dir, Group: lifeline, AllowUnsafeKernel: unsafe, Log: log})
+		},
+	},
 }
 
 func engineNames() string {
@@ -38,7 +57,7 @@ func engineNames() string {
 }
 
 // chooseEngine returns the engine that was inherited, asked for by name, or is the first that works here, and why it is that one.
-func chooseEngine(asked, root string, inherited map[string]*os.File) (engineKind, string, error) {
+func chooseEngine(asked, root string, unsafe bool, inherited map[string]*os.File) (engineKind, string, error) {
 	for _, k := range engineKinds {
 		if inherited[k.name] == nil {
 			continue
@@ -56,7 +75,7 @@ func chooseEngine(asked, root string, inherited map[string]*os.File) (engineKind
 		case asked != "auto":
 			continue
 		}
-		err := tryEngine(k, root)
+		err := tryEngine(k, root, unsafe)
 		if err == nil {
 			return k, "the first of " + engineNames() + " that works here", nil
 		}
@@ -69,12 +88,12 @@ func chooseEngine(asked, root string, inherited map[string]*os.File) (engineKind
 }
 
 // tryEngine tries an engine in its cache directory below root, which is made.
-func tryEngine(k engineKind, root string) error {
+func tryEngine(k engineKind, root string, unsafe bool) error {
 	dir := cacheDir(root, k.name)
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
 	}
-	return k.try(dir)
+	return k.try(dir, unsafe)
 }
 
 func cacheDir(root, engine string) string { return filepath.Join(root, "cache", engine) }

@@ -117,7 +117,7 @@ func serveOptions(c *cli.Context, log *zap.Logger) (o daemon.Options, err error)
 
 // attachEngine opens the engine, and sees to it that its lifeline is held by the supervisor before anything can be mounted (I4).
 func attachEngine(c *cli.Context, o *daemon.Options, inherited map[string]*os.File, store *handover.Store) error {
-	kind, reason, err := chooseEngine(c.String("engine"), o.Root, inherited)
+	kind, reason, err := chooseEngine(c.String("engine"), o.Root, c.Bool("allow-unsafe-kernel"), inherited)
 	if err != nil {
 		return err
 	}

@@ -22,7 +22,7 @@ var errSize = errors.New("want a number of bytes, or one with K, M or G (KiB, Mi
 
 // Set implements flag.Value.
 func (s *size) Set(v string) error {
-	digits := strings.TrimRight(v, "BKMGiBk")
+	digits := strings.TrimRight(v, "BKMGik")
 	n, err := strconv.ParseInt(digits, 10, 64)
 	unit, ok := units[v[len(digits):]]
 	if err != nil || !ok || n < 0 || n > math.MaxInt64/unit {
