@@ -146,20 +146,20 @@ func TestHolesOfADirectorysFilesAreNotStored(t *testing.T) {
 		t.Fatal(err)
 	}
 	out := t.TempDir()
-	res, err := Run(context.Background(), Options{Source: "dir:" + root, Dest: "oci:" + out + "/out:x"})
+	res, err := Run(context.Background(), Options{Source: "dir:" + root, Dest: "oci:" + out + "/out:x", ChunkSize: rafs.MinChunkSize})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if res.Totals.Read > 8<<20 {
+	if res.Totals.Read > 1<<20 {
 		t.Errorf("%d bytes were read of a file with 12 bytes of data", res.Totals.Read)
 	}
 	img := openConvertedTree(t, out+"/out", "x")
 	in := img.Root.Child("sparse").Inode
-	if in.Size != size || len(in.Chunks) != 5<<10+1 {
+	if in.Size != size || len(in.Chunks) != 5<<18+1 {
 		t.Fatalf("%d bytes, %d chunks", in.Size, len(in.Chunks))
 	}
 	for i, c := range in.Chunks {
-		if data := i == 3 || i == 5<<10; (c != tree.Hole) != data {
+		if data := i == 3<<8 || i == 5<<18; (c != tree.Hole) != data {
 			t.Errorf("chunk %d is %+v", i, c)
 		}
 	}

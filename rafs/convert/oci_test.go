@@ -96,13 +96,13 @@ func TestChunksAreSharedBetweenLayers(t *testing.T) {
 	src := ociLayout(t, tmp+"/in", "v1", ociImage(t,
 		makeTar(t, reg("unused", strings.Repeat("u", 9000)), reg("low", big)),
 		makeTar(t, reg("copy", big), reg("new", "new"), reg(".wh.unused", "")),
-		makeTar(t, link("hard", "low"), reg(".wh.low", "")),
+		makeTar(t, link("hard", "low"), link("other", "low"), reg(".wh.low", "")),
 	))
 	got := convertTo(t, tmp, "oci:"+src, Options{ChunkSize: rafs.MinChunkSize})
 	if len(got.boot.Blobs) != 2 || len(got.manifest.Layers) != 3 {
 		t.Fatalf("%d blobs, %d layers", len(got.boot.Blobs), len(got.manifest.Layers))
 	}
-	for p, want := range map[string]string{"/copy": big, "/new": "new", "/hard": big} {
+	for p, want := range map[string]string{"/copy": big, "/new": "new", "/hard": big, "/other": big} {
 		if got.files[p].Content != want {
 			t.Errorf("%s holds %d other bytes", p, len(got.files[p].Content))
 		}
@@ -316,23 +316,20 @@ func TestBadLayoutsAreRefused(t *testing.T) {
 	}{
 		{"layer missing", func(t *testing.T, dir string) { os.Remove(blobFile(dir, manifest(t, dir).Layers[1].Digest)) }, os.ErrNotExist, []string{"layer 2"}},
 		{"layer damaged", func(t *testing.T, dir string) {
-			p := blobFile(dir, manifest(t, dir).Layers[1].Digest)
-			b, _ := os.ReadFile(p)
-			writeFile(t, p, damaged(b, len(b)-600)) // inside the padding: the tar reads well
+			l := manifest(t, dir).Layers[1]
+			flip(t, blobFile(dir, l.Digest), int(l.Size)-600) // inside the padding: the tar reads well
 		}, errDamaged, []string{"layer 2", "digest"}},
 		{"layer damaged so that it cannot be read", func(t *testing.T, dir string) {
-			p := blobFile(dir, manifest(t, dir).Layers[0].Digest)
-			b, _ := os.ReadFile(p)
-			writeFile(t, p, damaged(b, 30))
+			flip(t, blobFile(dir, manifest(t, dir).Layers[0].Digest), 30)
 		}, errDamaged, []string{"layer 1", "digest"}},
 		{"layer cut", func(t *testing.T, dir string) {
 			os.Truncate(blobFile(dir, manifest(t, dir).Layers[0].Digest), 50)
 		}, nil, []string{"layer 1", "50 bytes"}},
 		{"config missing", func(t *testing.T, dir string) { os.Remove(blobFile(dir, manifest(t, dir).Config.Digest)) }, os.ErrNotExist, []string{"configuration"}},
 		{"config damaged", func(t *testing.T, dir string) {
-			writeFile(t, blobFile(dir, manifest(t, dir).Config.Digest), []byte("{}"))
+			flip(t, blobFile(dir, manifest(t, dir).Config.Digest), 5)
 		}, errDamaged, []string{"configuration"}},
-		{"manifest damaged", func(t *testing.T, dir string) { writeFile(t, blobFile(dir, tagged(t, dir, "x").Digest), []byte("{}")) }, errDamaged, nil},
+		{"manifest damaged", func(t *testing.T, dir string) { flip(t, blobFile(dir, tagged(t, dir, "x").Digest), 5) }, errDamaged, nil},
 		{"no index", func(t *testing.T, dir string) { os.Remove(dir + "/index.json") }, os.ErrNotExist, []string{"not an OCI image layout"}},
 		{"index not JSON", func(t *testing.T, dir string) { writeFile(t, dir+"/index.json", []byte("{")) }, nil, []string{"index.json"}},
 		{"huge index", func(t *testing.T, dir string) { writeFile(t, dir+"/index.json", make([]byte, maxDocument+1)) }, nil, []string{"index.json", "at most"}},
@@ -384,6 +381,16 @@ func TestBadLayoutsAreRefused(t *testing.T) {
 			}
 		})
 	}
+}
+
+// flip damages one byte of a file.
+func flip(t *testing.T, path string, at int) {
+	t.Helper()
+	b, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	writeFile(t, path, damaged(b, at))
 }
 
 // setRoot stores a document and makes the layout's tag x stand for it.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"log"
 	"net/http"
 	"net/http/httptest"
 	"net/http/httputil"
@@ -138,6 +139,7 @@ func faultyRegistry(t *testing.T, host string, fault func(n int32, resp *http.Re
 		}
 		return nil
 	}
+	p.ErrorLog = log.New(io.Discard, "", 0) // it reports the faults that it is there to make
 	p.ErrorHandler = func(w http.ResponseWriter, _ *http.Request, _ error) { w.WriteHeader(http.StatusBadGateway) }
 	s := httptest.NewServer(p)
 	t.Cleanup(s.Close)

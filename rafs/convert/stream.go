@@ -174,28 +174,18 @@ func (a *ahead) stop() {
 // errDamaged is wrapped by errors about blobs that are not what their descriptors say.
 var errDamaged = errors.New("the blob is not what its manifest says")
 
-// A verifier reads a blob and turns its end into an error unless it has the digest and size that its manifest gives.
+// A verifier reads a blob and turns its end into an error unless it has the digest that its manifest gives.
 type verifier struct {
 	r    io.Reader
 	sum  hash.Hash
-	n    int64
-	size int64
 	want string // sha256, hex
-}
-
-func newVerifier(r io.Reader, size int64, want string) *verifier {
-	return &verifier{r: r, sum: sha256.New(), size: size, want: want}
 }
 
 func (v *verifier) Read(p []byte) (int, error) {
 	n, err := v.r.Read(p)
 	v.sum.Write(p[:n])
-	v.n += int64(n)
 	if err != io.EOF {
 		return n, err
-	}
-	if v.n != v.size {
-		return n, fmt.Errorf("%w: %d bytes long instead of %d: fetch the image again", errDamaged, v.n, v.size)
 	}
 	if got := hex.EncodeToString(v.sum.Sum(nil)); got != v.want {
 		return n, fmt.Errorf("%w: its digest is sha256:%s: fetch the image again", errDamaged, got)
@@ -204,10 +194,10 @@ func (v *verifier) Read(p []byte) (int, error) {
 }
 
 // readBlob reads a layer from a blob of an image, and checks its digest.
-func (r *layerReader) readBlob(ctx context.Context, src source.Source, hex string) error {
+func (r *layerReader) readBlob(ctx context.Context, src source.Source, want string) error {
 	raw := &resumer{ctx: ctx, src: src}
 	defer raw.Close()
-	v := newVerifier(raw, src.Size(), hex)
+	v := &verifier{r: raw, sum: sha256.New(), want: want}
 	err := r.readTarStream(ctx, v)
 	if ctx.Err() != nil || errors.Is(err, errDamaged) {
 		return err

@@ -2,7 +2,6 @@ package convert
 
 import (
 	"archive/tar"
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -90,8 +89,7 @@ const maxSparse = 4 << 40
 
 // tarFile reads the content of a regular file.
 func (r *layerReader) tarFile(ctx context.Context, in *tree.Inode, h *tar.Header, tr io.Reader) error {
-	sparse := isSparse(h)
-	if sparse {
+	if isSparse(h) {
 		if uint64(h.Size) > r.sparse {
 			return fmt.Errorf("its size is %d bytes, and the layer's sparse files may have %d together", h.Size, uint64(maxSparse))
 		}
@@ -102,7 +100,7 @@ func (r *layerReader) tarFile(ctx context.Context, in *tree.Inode, h *tar.Header
 		if err == io.EOF {
 			err = io.ErrUnexpectedEOF
 		}
-		return sparse && err == nil && allZero(b), err
+		return false, err
 	})
 }
 
@@ -114,20 +112,6 @@ func isSparse(h *tar.Header) bool {
 		}
 	}
 	return h.Typeflag == tar.TypeGNUSparse
-}
-
-// zeros is compared with, a piece at a time.
-var zeros [4096]byte
-
-func allZero(b []byte) bool {
-	for len(b) > 0 {
-		n := min(len(b), len(zeros))
-		if !bytes.Equal(b[:n], zeros[:n]) {
-			return false
-		}
-		b = b[n:]
-	}
-	return true
 }
 
 // tarInode returns the inode that a header describes, without attributes and content.
