@@ -32,8 +32,7 @@ deps:
 	$(GO) run ./tests/deps gcc libc6-dev erofs-utils e2fsprogs zstd xz-utils
 
 lint:
-	@files=$$(gofmt -l $$(git ls-files -co --exclude-standard '*.go' | xargs -r ls 2>/dev/null)); \
-		test -z "$$files" || { echo "not formatted, run gofmt -w on:"; echo "$$files"; exit 1; }
+	@files=$$(gofmt -l .); test -z "$$files" || { echo "not formatted, run gofmt -w on:"; echo "$$files"; exit 1; }
 	$(GO) vet ./...
 	$(GO) tool staticcheck ./...
 	$(GO) tool depguard ./...
