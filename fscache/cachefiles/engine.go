@@ -19,6 +19,9 @@ import (
 // Name is the engine's name.
 const Name = "cachefiles"
 
+// defaultTag is the cache's name in the kernel if the Config has none.
+const defaultTag = "holdfast"
+
 // A Config says where the cache is and what the process inherited.
 type Config struct {
 	Dir string // cache directory, absolute; made where absent
@@ -85,7 +88,7 @@ func Open(c Config) (*Engine, error) {
 		e.log = zap.NewNop()
 	}
 	if c.Tag == "" {
-		c.Tag = "holdfast"
+		c.Tag = defaultTag
 	}
 	if err := e.open(c); err != nil {
 		return nil, fmt.Errorf("cachefiles engine in %s: %w", c.Dir, err)
@@ -234,7 +237,7 @@ func (e *Engine) object(k fscache.Key) (*object, error) {
 	return nil, fmt.Errorf("object %s: %w", k, fscache.ErrUnknown)
 }
 
-// open finds an object and its descriptor, or says ErrNotOpen too.
+// openObject finds an object and its descriptor, or says ErrNotOpen too.
 func (e *Engine) openObject(k fscache.Key) (*object, *handle, error) {
 	e.mu.Lock()
 	defer e.mu.Unlock()

@@ -53,14 +53,9 @@ func isMountRoot(dir string) (bool, error) {
 // New makes a read-only mount that is not attached anywhere, and returns its descriptor. Errors hold the kernel's errno
 // and what it said; those of the mount itself are a *RefusedError.
 func New(options []Option) (int, error) {
-	fsfd, err := unix.Fsopen("erofs", unix.FSOPEN_CLOEXEC)
-	switch {
-	case errors.Is(err, unix.ENODEV):
-		return -1, fmt.Errorf("the kernel has no EROFS (CONFIG_EROFS_FS): %w", err)
-	case errors.Is(err, unix.EPERM):
-		return -1, fmt.Errorf("fsopen: %w (needs CAP_SYS_ADMIN)", err)
-	case err != nil:
-		return -1, fmt.Errorf("fsopen: %w", err)
+	fsfd, err := fsopen()
+	if err != nil {
+		return -1, err
 	}
 	defer unix.Close(fsfd)
 	if err := unix.FsconfigSetFlag(fsfd, "ro"); err != nil {
@@ -82,6 +77,39 @@ func New(options []Option) (int, error) {
 		return -1, fmt.Errorf("fsmount: %w", err)
 	}
 	return fd, nil
+}
+
+// fsopen begins a mount.
+func fsopen() (int, error) {
+	fd, err := unix.Fsopen("erofs", unix.FSOPEN_CLOEXEC)
+	switch {
+	case errors.Is(err, unix.ENODEV):
+		return -1, fmt.Errorf("the kernel has no EROFS (CONFIG_EROFS_FS): %w", err)
+	case errors.Is(err, unix.EPERM):
+		return -1, fmt.Errorf("fsopen: %w (needs CAP_SYS_ADMIN)", err)
+	case err != nil:
+		return -1, fmt.Errorf("fsopen: %w", err)
+	}
+	return fd, nil
+}
+
+// TryOption says whether the kernel's EROFS has an option. One it was built without it accepts and complains about
+// (fs/erofs/super.c, erofs_fc_parse_param).
+func TryOption(o Option) error {
+	fsfd, err := fsopen()
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fsfd)
+	err = unix.FsconfigSetString(fsfd, o.Name, o.Value)
+	said := complaints(fsfd)
+	if err != nil {
+		return fmt.Errorf("EROFS has no option %s%s: %w", o.Name, said, err)
+	}
+	if said != "" {
+		return fmt.Errorf("EROFS was built without option %s%s", o.Name, said)
+	}
+	return nil
 }
 
 // Attach puts a mount that New made on dir.
