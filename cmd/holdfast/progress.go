@@ -74,12 +74,21 @@ func (m *meter) show(done, total int64, what string) {
 	label := " " + rate + " " + what
 	m.label.Store(&label)
 	if m.bar == nil {
-		m.bar = m.bars.AddBar(total,
-			mpb.PrependDecorators(decor.CountersKibiByte("% .1f / % .1f")),
-			mpb.AppendDecorators(decor.Percentage(decor.WC{W: 5}), decor.Any(func(decor.Statistics) string { return *m.label.Load() })))
+		m.bar = m.newBar(total)
 	}
-	m.bar.SetTotal(max(total, done), false)
+	if total > 0 {
+		m.bar.SetTotal(max(total, done), false)
+	}
 	m.bar.SetCurrent(done)
+}
+
+// newBar is a bar, or a spinner where nobody knows the total.
+func (m *meter) newBar(total int64) *mpb.Bar {
+	label := mpb.AppendDecorators(decor.Any(func(decor.Statistics) string { return *m.label.Load() }))
+	if total == 0 {
+		return m.bars.New(0, mpb.SpinnerStyle(), mpb.BarWidth(3), mpb.PrependDecorators(decor.CurrentKibiByte("% .1f ")), label)
+	}
+	return m.bars.AddBar(total, mpb.PrependDecorators(decor.CountersKibiByte("% .1f / % .1f")), mpb.AppendDecorators(decor.Percentage(decor.WC{W: 5})), label)
 }
 
 // finish leaves the last state on the screen.
