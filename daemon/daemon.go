@@ -69,7 +69,7 @@ func New(o Options) (*Daemon, error) {
 		opt: o, log: o.Log, engine: o.Engine, state: db, boot: boot, started: time.Now(), damaged: damaged,
 		filler: &filler{
 			engine: o.Engine, decoder: decoder, log: o.Log,
-			ahead: uint64(o.ReadAhead), deadline: o.ReadDeadline,
+			ahead: uint64(o.ReadAhead), deadline: o.ReadDeadline, began: time.Now(),
 		},
 		mountPoints: mountPoints,
 		objects:     newObjects(), sources: &sourceTable{byName: map[string]*sourceStats{}}, mounts: newMounts(),
@@ -127,14 +127,14 @@ func (d *Daemon) close() error {
 }
 
 // serve answers one request of the kernel.
-func (d *Daemon) serve(r fscache.Request) {
+func (d *Daemon) serve(r fscache.Request, t *turn) {
 	o := d.objects.get(r.Object)
 	switch {
 	case o == nil && r.Op != fscache.OpClose:
 		d.log.Error("request for an object of no mounted image", zap.Stringer("op", r.Op), zap.Stringer("object", r.Object), zap.Uint64("request", r.ID))
 		d.answer(r, fscache.EIO)
 	case r.Op == fscache.OpRead:
-		d.read(o, r)
+		d.read(o, r, t)
 	case r.Op == fscache.OpOpen:
 		d.opened(o, r)
 	case r.Op == fscache.OpClose:
@@ -146,17 +146,17 @@ func (d *Daemon) serve(r fscache.Request) {
 }
 
 // read answers a request for missing bytes. One for nothing inside the object is OK as it is: no reader gets a byte of it.
-func (d *Daemon) read(o *object, r fscache.Request) {
+func (d *Daemon) read(o *object, r fscache.Request, t *turn) {
 	if r.Off < 0 || r.Len < 0 {
 		d.answer(r, fscache.EIO)
 		return
 	}
-	err := d.fill(d.base, o, o.span(r.Off, r.Len), func() {
+	err := d.fill(d.base, o, o.span(r.Off, r.Len), reader{turn: t, ready: func() {
 		d.answer(r, fscache.OK)
 		n := max(0, min(r.Len, o.size()-r.Off))
 		o.served.Add(n)
 		d.count.served.Add(n)
-	})
+	}})
 	if err != nil {
 		d.count.refused.Add(1)
 		d.answer(r, errno(err))

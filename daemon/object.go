@@ -37,6 +37,7 @@ type object struct {
 	epoch    int    // counts reset calls: what was written before one says nothing about the file after it
 	finished bool   // complete, and the engine was told or is being told
 	waiters  []*waiter
+	claims   []*claim // whose transfer is under way and nobody waits for
 	uses     []*use
 	backoff  backoff
 }
@@ -44,6 +45,7 @@ type object struct {
 // A use is one mounted image's claim on an object, and the source it brings.
 type use struct {
 	src    source.Source
+	local  bool // src is a local file
 	stats  *sourceStats
 	gate   *gate
 	ctx    context.Context // ends when the image is unmounted; fetches through src run under it
@@ -113,13 +115,42 @@ func (o *object) claim(want span, ahead uint64) (c claimed) {
 	for _, s := range c.spans {
 		o.flying.set(s)
 	}
+	if n := len(c.spans); n > 0 {
+		c.wanted = make(chan struct{})
+		o.claims = append(o.claims, &claim{span{c.spans[0].first, c.spans[n-1].last}, c.wanted})
+	}
 	return c
 }
 
-// claimed is what one claim took, in order.
+// claimed is what one call of claim took, in order.
 type claimed struct {
-	spans []span
-	epoch int
+	spans  []span
+	epoch  int
+	wanted chan struct{} // closed when a reader waits for a chunk of it; to be given to landed
+}
+
+// A claim is what reaches the claimer when somebody waits for it.
+type claim struct {
+	span
+	wanted chan struct{}
+}
+
+// hurry tells the claimers of s that a reader waits. mu is held.
+func (o *object) hurry(s span) {
+	o.claims = slices.DeleteFunc(o.claims, func(c *claim) bool {
+		if !c.overlaps(s) {
+			return false
+		}
+		close(c.wanted)
+		return true
+	})
+}
+
+// landed ends a claim, when all its chunks were marked or abandoned.
+func (o *object) landed(wanted chan struct{}) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.claims = slices.DeleteFunc(o.claims, func(c *claim) bool { return c.wanted == wanted })
 }
 
 // window returns the first chunk that starts ahead bytes or more after the first missing chunk of want.
@@ -183,6 +214,7 @@ func (o *object) await(ctx context.Context, want span) error {
 	}
 	w := &waiter{want: want, wake: make(chan error, 1)}
 	o.waiters = append(o.waiters, w)
+	o.hurry(want)
 	o.mu.Unlock()
 	select {
 	case err := <-w.wake:
@@ -221,7 +253,8 @@ func (o *object) failed(began time.Time, atLeast time.Duration) {
 
 // attach adds a source. It returns the use, to be given to detach.
 func (o *object) attach(ctx context.Context, src source.Source, stats *sourceStats, g *gate) *use {
-	u := &use{src: src, stats: stats, gate: g}
+	_, local := src.(*source.File)
+	u := &use{src: src, local: local, stats: stats, gate: g}
 	u.ctx, u.cancel = context.WithCancelCause(ctx)
 	o.mu.Lock()
 	defer o.mu.Unlock()

@@ -92,7 +92,7 @@ func (p *prefetch) turn(ctx context.Context, o *object, step span) error {
 	if err := p.gate.wait(ctx); err != nil {
 		return err
 	}
-	return p.fetch(o, step, 0, fetchOptions{})
+	return p.fetch(o, step, 0, nil)
 }
 
 // pay waits until the bandwidth limit allows the stored bytes of step.

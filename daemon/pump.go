@@ -10,122 +10,175 @@ import (
 	"holdfast/fscache"
 )
 
-// idleWorkers is how many goroutines wait in Next while the kernel wants nothing: two, so that whichever gets a request
-// leaves another waiting and need not start one, and some more, so that a burst starts few.
-const idleWorkers = 4
-
 // A pump reads requests and serves each in the goroutine that read it: nothing is handed over between the kernel and
-// the bytes. A goroutine whose Next returned makes sure that another waits there before it serves, so a request that
-// waits for its source stops nobody (I10), and there are never more goroutines than requests pending in the kernel and
-// idleWorkers.
+// the bytes. One goroutine at a time has the turn to read. It keeps the turn while it serves what takes microseconds, for
+// waking another goroutine costs more than that, and passes it on before anything that may take longer. One that did not
+// pass it within a patience, whatever holds it up, has it taken away, so that no request can stop another for longer (I10).
+// There are never more goroutines than requests pending in the kernel, one that reads and one that watches.
 type pump struct {
 	engine fscache.Engine
-	serve  func(fscache.Request)
+	serve  func(fscache.Request, *turn)
+	wg     sync.WaitGroup
+	failed chan error // the first error of Next; room for one
 
-	waiting  atomic.Int32 // workers that are in Next, or committed to call it
-	stopping atomic.Bool
-	wg       sync.WaitGroup // workers
-	failed   chan error     // the first error of Next; room for one
+	current atomic.Pointer[turn] // of the request being served by who has the turn; nil: it is reading
+	asleep  atomic.Bool          // the watch sleeps until woken
+	wake    chan struct{}        // room for one
+	quit    chan struct{}        // ends the watch
 
 	mu      sync.Mutex
-	workers map[*worker]struct{}
+	serving map[*turn]struct{}
 }
 
-// A worker's since is when it began to serve its request, in Unix nanoseconds; 0 while it has none.
-type worker struct{ since atomic.Int64 }
+// patience is for how long a request may keep the turn to read, at the most twice.
+const patience = time.Millisecond
 
-func newPump(e fscache.Engine, serve func(fscache.Request)) *pump {
-	return &pump{engine: e, serve: serve, failed: make(chan error, 1), workers: map[*worker]struct{}{}}
+// watchIdle is for how many patiences the watch looks on when nothing is served, before it sleeps.
+const watchIdle = 64
+
+// A turn to read comes with each request.
+type turn struct {
+	pump   *pump
+	since  time.Time // when the request was read
+	passed atomic.Bool
+}
+
+// pass lets another goroutine read. Only the first call does something.
+func (t *turn) pass() {
+	if t.passed.CompareAndSwap(false, true) {
+		t.pump.current.CompareAndSwap(t, nil)
+		t.pump.wg.Go(t.pump.work)
+	}
+}
+
+func newPump(e fscache.Engine, serve func(fscache.Request, *turn)) *pump {
+	return &pump{
+		engine: e, serve: serve, failed: make(chan error, 1), serving: map[*turn]struct{}{},
+		wake: make(chan struct{}, 1), quit: make(chan struct{}),
+	}
 }
 
 // start begins to read requests; stop ends it.
 func (p *pump) start() {
-	p.waiting.Store(1)
-	p.spawn()
+	p.wg.Go(p.work)
+	p.wg.Go(p.watch)
 }
 
 // stop reads no more requests and returns when those that were read are answered. After the timeout it calls giveUp,
-// which must make them end, once.
+// which must make them end, once. It comes once, whether or not start did.
 func (p *pump) stop(timeout time.Duration, giveUp func()) error {
-	p.stopping.Store(true)
+	close(p.quit)
 	if err := p.engine.Freeze(); err != nil {
 		return fmt.Errorf("daemon: stop reading requests: %w", err)
 	}
-	done := make(chan struct{})
-	go func() { // ends when the workers have, which is waited for below
-		p.wg.Wait()
-		close(done)
-	}()
 	t := time.AfterFunc(timeout, giveUp)
 	defer t.Stop()
-	<-done
+	p.wg.Wait()
 	return nil
 }
 
-// spawn starts a worker that is already counted as waiting.
-func (p *pump) spawn() {
-	w := &worker{}
-	p.mu.Lock()
-	p.workers[w] = struct{}{}
-	p.mu.Unlock()
-	p.wg.Go(func() {
-		p.work(w)
-		p.mu.Lock()
-		delete(p.workers, w)
-		p.mu.Unlock()
-	})
-}
-
-func (p *pump) work(w *worker) {
+// work reads and serves requests for as long as it has the turn.
+func (p *pump) work() {
 	for {
 		r, err := p.engine.Next()
-		left := p.waiting.Add(-1)
 		if err != nil {
-			if !errors.Is(err, fscache.ErrClosed) {
-				select {
-				case p.failed <- err:
-				default:
-				}
-			}
+			p.end(err)
 			return
 		}
-		if left == 0 && p.join() {
-			p.spawn()
-		}
-		w.since.Store(time.Now().UnixNano())
-		p.serve(r)
-		w.since.Store(0)
-		if !p.join() {
+		t := &turn{pump: p, since: time.Now()}
+		p.begin(t)
+		p.serve(r, t)
+		p.done(t)
+		if !t.passed.CompareAndSwap(false, true) {
 			return
 		}
 	}
 }
 
-// join counts one more worker as waiting, if one more is wanted.
-func (p *pump) join() bool {
-	for !p.stopping.Load() {
-		n := p.waiting.Load()
-		if n >= idleWorkers {
-			return false
-		}
-		if p.waiting.CompareAndSwap(n, n+1) {
-			return true
+func (p *pump) begin(t *turn) {
+	p.mu.Lock()
+	p.serving[t] = struct{}{}
+	p.mu.Unlock()
+	p.current.Store(t)
+	if p.asleep.Load() {
+		select {
+		case p.wake <- struct{}{}:
+		default:
 		}
 	}
-	return false
+}
+
+func (p *pump) done(t *turn) {
+	p.current.CompareAndSwap(t, nil)
+	p.mu.Lock()
+	delete(p.serving, t)
+	p.mu.Unlock()
+}
+
+func (p *pump) end(err error) {
+	if errors.Is(err, fscache.ErrClosed) {
+		return
+	}
+	select {
+	case p.failed <- err:
+	default:
+	}
+}
+
+// watch takes the turn from who has kept it for a patience.
+func (p *pump) watch() {
+	tick := time.NewTicker(patience)
+	defer tick.Stop()
+	var seen *turn
+	for idle := 0; ; {
+		select {
+		case <-tick.C:
+		case <-p.quit:
+			return
+		}
+		t := p.current.Load()
+		if t != nil && t == seen {
+			t.pass()
+		}
+		if seen = t; t != nil {
+			idle = 0
+			continue
+		}
+		if idle++; idle < watchIdle {
+			continue
+		}
+		idle = 0
+		tick.Stop()
+		if !p.sleep() {
+			return
+		}
+		tick.Reset(patience)
+	}
+}
+
+// sleep waits for a request to be served; false: the pump ends.
+func (p *pump) sleep() bool {
+	p.asleep.Store(true)
+	defer p.asleep.Store(false)
+	if p.current.Load() != nil { // read before asleep was set
+		return true
+	}
+	select {
+	case <-p.wake:
+		return true
+	case <-p.quit:
+		return false
+	}
 }
 
 // pending returns how many requests are being served, and since when the oldest is.
 func (p *pump) pending() (n int, oldest time.Time) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	for w := range p.workers {
-		if ns := w.since.Load(); ns != 0 {
-			n++
-			if t := time.Unix(0, ns); oldest.IsZero() || t.Before(oldest) {
-				oldest = t
-			}
+	for t := range p.serving {
+		if oldest.IsZero() || t.since.Before(oldest) {
+			oldest = t.since
 		}
 	}
-	return n, oldest
+	return len(p.serving), oldest
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"time"
 
 	"go.uber.org/zap"
 
@@ -14,7 +15,10 @@ import (
 )
 
 // maxBatch is how many bytes of small chunks are decoded and written together. A larger chunk is a batch of its own.
-const maxBatch = 256 << 10
+const maxBatch = 128 << 10
+
+// quickBytes is how much of a local blob is read and decoded in less time than another goroutine takes to wake up.
+const quickBytes = 32 << 10
 
 // errWrite marks failures of the cache, as opposed to the source.
 var errWrite = errors.New("write to the cache")
@@ -22,11 +26,12 @@ var errWrite = errors.New("write to the cache")
 // A transfer carries claimed chunks from a source to the cache.
 type transfer struct {
 	*filler
-	o     *object
-	epoch int
-	want  span   // what the reader behind the transfer waits for, if there is one
-	ready func() // to be called once when want is present; nil afterwards
-	in    stream
+	o      *object
+	epoch  int
+	demand *demand         // of the reader who waits; nil when there is none, or it was answered
+	want   span            // the demand's, also afterwards
+	wanted <-chan struct{} // closed when a reader waits for what is claimed
+	in     stream
 }
 
 // run lands spans in order, and returns those that it did not.
@@ -34,6 +39,9 @@ func (t *transfer) run(ctx context.Context, spans []span) (rest []span, err erro
 	for len(spans) > 0 {
 		s := &spans[0]
 		for !s.empty() {
+			if t.demand == nil {
+				t.yield(ctx)
+			}
 			b := t.batch(*s)
 			if err := t.land(ctx, b); err != nil {
 				return spans, err
@@ -43,6 +51,33 @@ func (t *transfer) run(ctx context.Context, spans []span) (rest []span, err erro
 		spans = spans[1:]
 	}
 	return nil, nil
+}
+
+// How long reading ahead holds back for each batch while readers miss elsewhere: for as long as the last miss is less than
+// quiet ago, maxYields times quiet at the most, which leaves it 30 MB/s.
+const (
+	quiet     = time.Millisecond
+	maxYields = 4
+)
+
+// yield lets the processors serve misses first: what is read ahead may never be read, and a processor busy with it is one a
+// reader waits for. As soon as a reader waits for this transfer it holds back no more.
+func (t *transfer) yield(ctx context.Context) {
+	for range maxYields {
+		if t.sinceMiss() > quiet {
+			return
+		}
+		timer := time.NewTimer(quiet)
+		select {
+		case <-t.wanted:
+			timer.Stop()
+			return
+		case <-ctx.Done():
+			timer.Stop()
+			return
+		case <-timer.C:
+		}
+	}
 }
 
 // A batch is a run of chunks that are adjacent in the blob and landed together, or one zero row.
@@ -95,9 +130,10 @@ func (t *transfer) land(ctx context.Context, b batch) error {
 		return err
 	}
 	ready, complete := t.o.mark(b.span, t.epoch, t.want)
-	if ready && t.ready != nil {
-		t.ready()
-		t.ready = nil
+	if ready && t.demand != nil {
+		t.demand.ready()
+		t.demand.turn.pass()
+		t.demand = nil
 	}
 	if complete {
 		t.finish(t.o)
@@ -115,6 +151,9 @@ func (t *transfer) verified(ctx context.Context, b batch) (*buffer, error) {
 	if !b.plain {
 		stored = getBuffer(int(b.size))
 		defer stored.free()
+	}
+	if t.demand != nil && (b.size > quickBytes || !t.in.use.local) {
+		t.demand.turn.pass()
 	}
 	err := t.in.read(ctx, b, stored.b[:b.size])
 	for i := b.first; err == nil && i < b.last; i++ {
