@@ -136,6 +136,9 @@ func answerMount(t *testing.T, f *os.File, im image, mounted <-chan error, recor
 	if err := <-mounted; err != nil {
 		t.Fatalf("mount: %v", err)
 	}
+	if err := waitAttached(t.Context(), blob); err != nil {
+		t.Fatal(err)
+	}
 	return blob
 }
 
