@@ -145,11 +145,8 @@ func checkBlob(blob []byte, info rafs.BlobInfo, chunks [][]byte, refs []tree.Chu
 	}
 	for i, c := range chunks {
 		ref := refs[i]
-		if allZero(c) {
-			if ref != tree.Hole {
-				return fmt.Errorf("chunk %d is all zeros, but its reference is %+v", i, ref)
-			}
-			continue
+		if ref == tree.Hole {
+			return fmt.Errorf("chunk %d is a hole", i)
 		}
 		if got := obj[ref.Offset:][:len(c)]; !bytes.Equal(got, c) {
 			return fmt.Errorf("chunk %d at object offset %d does not read back", i, ref.Offset)
@@ -231,21 +228,34 @@ func TestInlinedBootstrapReadsBack(t *testing.T) {
 }
 
 func TestBlobWithoutChunks(t *testing.T) {
-	for _, chunks := range [][][]byte{nil, {make([]byte, 5000)}} {
-		blob, _, res := write(t, chunks, []byte("bootstrap"), small)
-		m, err := ReadMeta(context.Background(), &memory{b: blob}, res.Info)
-		if err != nil {
-			t.Fatal(err)
+	blob, _, res := write(t, nil, []byte("bootstrap"), small)
+	m, err := ReadMeta(context.Background(), &memory{b: blob}, res.Info)
+	if err != nil {
+		t.Fatal(err)
+	}
+	found, err := FindMeta(context.Background(), &memory{b: blob}, rafs.BlobInfo{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, m := range []*Meta{m, found} {
+		if table, err := m.Table(nil); err != nil || table.Len() != 0 || table.Size() != 0 {
+			t.Errorf("table %+v, %v", table, err)
 		}
-		found, err := FindMeta(context.Background(), &memory{b: blob}, rafs.BlobInfo{})
-		if err != nil {
-			t.Fatal(err)
+	}
+}
+
+// EROFS over fscache reads data behind a hole as zeros: see tree.Hole.
+func TestZerosAreStoredOncePerSizeAndNeverAHole(t *testing.T) {
+	zeros := make([]byte, small.ChunkSize)
+	_, refs, res := write(t, [][]byte{zeros, zeros, zeros[:5000], zeros, zeros[:5000]}, nil, small)
+	want := []tree.ChunkRef{{Blob: 1}, {Blob: 1}, {Blob: 1, Index: 1, Offset: uint64(small.ChunkSize)}, {Blob: 1}, {Blob: 1, Index: 1, Offset: uint64(small.ChunkSize)}}
+	for i := range want {
+		if refs[i] != want[i] {
+			t.Errorf("chunk %d is %+v, want %+v", i, refs[i], want[i])
 		}
-		for _, m := range []*Meta{m, found} {
-			if table, err := m.Table(nil); err != nil || table.Len() != 0 || table.Size() != 0 {
-				t.Errorf("table %+v, %v", table, err)
-			}
-		}
+	}
+	if s := res.Stats; s.Chunks != 2 || s.Deduplicated != 3 {
+		t.Errorf("%+v", s)
 	}
 }
 

@@ -29,11 +29,10 @@ type Options struct {
 
 // Stats are a Writer's counts so far.
 type Stats struct {
-	Bytes        uint64 // of chunks, zero and deduplicated ones included
+	Bytes        uint64 // of chunks, deduplicated ones included
 	Stored       uint64 // of chunk data in the blob
 	Chunks       uint64 // stored in the blob
 	Deduplicated uint64 // chunks that were already stored
-	Zero         uint64 // chunks that are all zeros
 }
 
 // A Writer writes one blob. Buffer, Add, Flush, Info, Finish and Close are for one goroutine, Stats for any.
@@ -52,7 +51,8 @@ type Writer struct {
 	done    sync.WaitGroup // workers and the committing goroutine
 	cur     *batch         // being filled; nil: take one from free
 	closed  bool
-	sealed  *seal // set by Info
+	sealed  *seal              // set by Info
+	zeros   func() rafs.Digest // of a whole chunk of zeros
 
 	// Of the committing goroutine; others may look when it is idle, after Flush.
 	rows   []rafs.Chunk
@@ -61,7 +61,7 @@ type Writer struct {
 
 	failed atomic.Pointer[error] // the first error of the committing goroutine
 
-	bytes, storedNow, chunks, deduplicated, zero atomic.Uint64
+	bytes, storedNow, chunks, deduplicated atomic.Uint64
 }
 
 // A batch is a number of neighbouring chunks and the memory they lie in.
@@ -79,7 +79,6 @@ type piece struct {
 	ref    *tree.ChunkRef
 	digest rafs.Digest
 	stored []byte // nil: a chunk known to be stored already
-	zero   bool
 }
 
 const (
@@ -113,6 +112,7 @@ func NewWriter(out io.Writer, o Options) (*Writer, error) {
 		o: o, sum: sha256.New(), batches: n,
 		free: make(chan *batch, n), work: make(chan *batch, n), order: make(chan *batch, n),
 	}
+	w.zeros = sync.OnceValue(func() rafs.Digest { return o.Digest.Sum(make([]byte, o.ChunkSize)) })
 	w.out = bufio.NewWriterSize(io.MultiWriter(w.sum, out), outBuffer)
 	compressors := make([]compressor, o.Workers)
 	for i := range compressors {
@@ -152,8 +152,8 @@ func (w *Writer) Buffer(n int) []byte {
 
 // Add appends the chunk p, 1 byte to a chunk size long: all or the first bytes of what Buffer last returned. p belongs
 // to the Writer from now on. *ref is set by the time Flush returns: to the chunk in this blob, to an equal chunk written
-// earlier to this or another blob, or to tree.Hole if p is all zeros. An error of the output is returned by this or a
-// later call.
+// earlier to this or another blob. Zeros are stored like anything else, once: see tree.Hole for why no hole is made of
+// them. An error of the output is returned by this or a later call.
 func (w *Writer) Add(p []byte, ref *tree.ChunkRef) error {
 	if err := w.usable(); err != nil {
 		return err
@@ -239,7 +239,6 @@ func (w *Writer) Stats() Stats {
 		Stored:       w.storedNow.Load(),
 		Chunks:       w.chunks.Load(),
 		Deduplicated: w.deduplicated.Load(),
-		Zero:         w.zero.Load(),
 	}
 }
 
@@ -253,16 +252,21 @@ func (w *Writer) compress(c compressor) {
 		}
 		for i := range b.pieces {
 			p := &b.pieces[i]
-			if p.zero = allZero(p.p); p.zero {
-				continue
-			}
-			p.digest = w.o.Digest.Sum(p.p)
+			p.digest = w.digest(p.p)
 			if _, ok := w.o.Dedup.find(dedupKey{p.digest, uint32(len(p.p))}); !ok {
 				b.out, p.stored = c(b.out, p.p)
 			}
 		}
 		b.ready <- struct{}{}
 	}
+}
+
+// digest returns p's digest. That of a whole chunk of zeros is computed once: sparse files have many.
+func (w *Writer) digest(p []byte) rafs.Digest {
+	if len(p) == int(w.o.ChunkSize) && allZero(p) {
+		return w.zeros()
+	}
+	return w.o.Digest.Sum(p)
 }
 
 // commit writes the batches in the order they were filled. After an error it only recycles them, so that Buffer and
@@ -286,11 +290,6 @@ func (w *Writer) commit() {
 }
 
 func (w *Writer) commitPiece(p *piece) error {
-	if p.zero {
-		*p.ref = tree.Hole
-		w.zero.Add(1)
-		return nil
-	}
 	key := dedupKey{p.digest, uint32(len(p.p))}
 	if ref, ok := w.o.Dedup.find(key); ok {
 		*p.ref = ref

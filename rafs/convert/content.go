@@ -16,9 +16,8 @@ const (
 	refsPiece = 1 << 16
 )
 
-// A content gives out a file's bytes, in order: it fills p with those at offset off, or reports that they are a hole, and
-// leaves p as it is.
-type content func(p []byte, off uint64) (hole bool, err error)
+// A content gives out a file's bytes, in order: it fills p with those at offset off.
+type content func(p []byte, off uint64) error
 
 // A chunker cuts the files of one layer into chunks.
 type chunker struct {
@@ -55,11 +54,10 @@ func (c *chunker) add(ctx context.Context, in *tree.Inode, size uint64, read con
 				return err
 			}
 			p := c.w.Buffer(int(min(size-off, c.chunk)))
-			hole, err := read(p, off)
-			if err == nil && !hole {
-				err = c.w.Add(p, &piece[i])
+			if err := read(p, off); err != nil {
+				return err
 			}
-			if err != nil {
+			if err := c.w.Add(p, &piece[i]); err != nil {
 				return err
 			}
 			off += uint64(len(p))

@@ -157,19 +157,20 @@ func (w *dirWalk) file(ctx context.Context, in *tree.Inode, path string, info os
 	}
 	holes := holeFinder{f: f}
 	size := info.Size()
-	err = w.r.chunks.add(ctx, in, uint64(size), func(p []byte, off uint64) (bool, error) {
+	err = w.r.chunks.add(ctx, in, uint64(size), func(p []byte, off uint64) error {
 		if holes.covers(int64(off), int64(len(p)), size) {
-			return true, nil
+			clear(p)
+			return nil
 		}
 		n, err := f.ReadAt(p, int64(off))
 		w.r.read.Add(int64(n))
 		if err == io.EOF && n < len(p) {
-			return false, errChanged
+			return errChanged
 		}
 		if n == len(p) {
 			err = nil
 		}
-		return false, err
+		return err
 	})
 	if err != nil {
 		return err

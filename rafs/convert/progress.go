@@ -28,7 +28,6 @@ type Progress struct {
 	Stored        uint64 // bytes of chunks stored
 	Chunks        uint64 // chunks stored
 	Deduplicated  uint64 // chunks that were there already
-	Zero          uint64 // chunks of zeros, holes that were not read not counted
 	Pushed        int64  // bytes of blobs sent to a registry
 }
 
@@ -86,7 +85,6 @@ func addStats(a, b blob.Stats) blob.Stats {
 	a.Stored += b.Stored
 	a.Chunks += b.Chunks
 	a.Deduplicated += b.Deduplicated
-	a.Zero += b.Zero
 	return a
 }
 
@@ -98,7 +96,7 @@ func (m *progressMeter) snapshot() Progress {
 		s = addStats(s, m.cur.Stats())
 	}
 	p.Read, p.Pushed = m.read.Load(), m.pushed.Load()
-	p.Content, p.Stored, p.Chunks, p.Deduplicated, p.Zero = s.Bytes, s.Stored, s.Chunks, s.Deduplicated, s.Zero
+	p.Content, p.Stored, p.Chunks, p.Deduplicated = s.Bytes, s.Stored, s.Chunks, s.Deduplicated
 	return p
 }
 

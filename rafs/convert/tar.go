@@ -95,12 +95,12 @@ func (r *layerReader) tarFile(ctx context.Context, in *tree.Inode, h *tar.Header
 		}
 		r.sparse -= uint64(h.Size)
 	}
-	return r.chunks.add(ctx, in, uint64(h.Size), func(b []byte, _ uint64) (bool, error) {
+	return r.chunks.add(ctx, in, uint64(h.Size), func(b []byte, _ uint64) error {
 		_, err := io.ReadFull(tr, b)
 		if err == io.EOF {
 			err = io.ErrUnexpectedEOF
 		}
-		return false, err
+		return err
 	})
 }
 

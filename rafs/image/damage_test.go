@@ -270,9 +270,9 @@ func TestInspectCountsSharedChunks(t *testing.T) {
 	for _, f := range files {
 		total += uint64(len(f))
 	}
-	// "same" has the five chunks of "big" again; "zeros" has none.
+	// "same" has the five chunks of "big" again.
 	s := d.Dedup
-	if s.FileBytes != total || s.SharedBytes != 300000 || s.References != s.Chunks+5 || s.ChunkBytes+s.SharedBytes+100000 != total || d.Blobs[0].Shared != 5 {
+	if s.FileBytes != total || s.SharedBytes != 300000 || s.References != s.Chunks+5 || s.ChunkBytes+s.SharedBytes != total || d.Blobs[0].Shared != 5 {
 		t.Errorf("of %d bytes: %+v, %+v", total, s, d.Blobs)
 	}
 	b, err := json.Marshal(d)

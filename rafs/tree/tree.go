@@ -29,7 +29,10 @@ type ChunkRef struct {
 	Offset uint64 // in the blob's object, a multiple of 4096
 }
 
-// Hole is the reference of a piece that is all zeros and stored nowhere.
+// Hole is the reference of a piece that is all zeros and stored nowhere. Images made by holdfast have none: where a read
+// spans a hole and data behind it, EROFS over fscache gives zeros for both (fs/erofs/fscache.c,
+// erofs_fscache_data_read_slice, seen in 6.12: what is left of the read is zeroed without regard to the extent's end).
+// Zeros are a chunk of their own, stored once.
 var Hole = ChunkRef{}
 
 // An Xattr is one extended attribute, with its full name ("user.x").
