@@ -48,7 +48,7 @@ type Config struct {
 
 	Command string   // looked up in Env's PATH inside
 	Args    []string // without the command's name
-	Env     []string // nil: the caller's environment
+	Env     []string // nil: the caller's environment and HOLDFAST_VM=1, which tells programs that DiskDir is there
 	Dir     string   // working directory inside; empty: the caller's
 
 	Stdout, Stderr io.Writer // nil: discarded
@@ -112,7 +112,7 @@ func (cfg *Config) fill(ctx context.Context) error {
 		cfg.Stderr = io.Discard
 	}
 	if cfg.Env == nil {
-		cfg.Env = os.Environ()
+		cfg.Env = append(os.Environ(), "HOLDFAST_VM=1")
 	}
 	if cfg.Dir == "" {
 		wd, err := os.Getwd()
