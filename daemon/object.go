@@ -22,13 +22,8 @@ type object struct {
 	print string        // fingerprint of the table
 	slots chan struct{} // one for each fetch that a reader waits for
 
-	fetched  atomic.Int64 // bytes the sources gave
-	requests atomic.Int64 // ranges asked of the sources
-	served   atomic.Int64 // bytes of requests answered OK
-	inFlight atomic.Int32 // requests of the kernel not answered yet
-	mismatch atomic.Int64 // chunks whose digest was wrong
-	failures atomic.Int64 // fetches that failed
-	refused  atomic.Int64 // requests answered with an error
+	fetched atomic.Int64 // bytes the sources gave
+	served  atomic.Int64 // bytes of requests answered OK
 
 	mu       sync.Mutex
 	present  bitset
