@@ -133,6 +133,27 @@ func TestWriteBeforeTheSizeIsToldIsErrNotOpen(t *testing.T) {
 	})
 }
 
+func TestBlobsCanBeWrittenWhenMountReturns(t *testing.T) {
+	needDevice(t)
+	cache := t.TempDir()
+	var images []image
+	for i := range 40 { // the kernel gives an object its file a moment after its size was told: not a moment to rely on
+		images = append(images, newImage(t, "atonce", fmt.Sprintf("boot%d", i), fmt.Sprintf("blob%d", i)))
+	}
+	e := openEngine(t, cache, nil)
+	add(t, e, images...)
+	serve(t, e, nil, images...)
+	for _, im := range images {
+		dir := mount(t, e, im)
+		if err := e.WriteAt(im.blob.Key, content(im.blob.Key, 0, 4096), 0); err != nil {
+			t.Errorf("write to %s: %v", im.blob.Key, err)
+		}
+		if err := e.Unmount(t.Context(), dir); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
 func TestUnalignedMemoryIsWritten(t *testing.T) {
 	needDevice(t)
 	im := newImage(t, "unaligned", "boot", "blob")
