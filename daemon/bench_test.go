@@ -30,8 +30,8 @@ const (
 )
 
 const (
-	benchSize   = 1 << 30   // bytes of the object
-	benchStride = 256 << 10 // between two misses
+	benchSize   = 1 << 30 // bytes of the object
+	benchStride = 1 << 20 // between two misses
 )
 
 // readPages reads n pages, each a miss, and prints the median of their times in ns.

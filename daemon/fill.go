@@ -42,13 +42,15 @@ func (f *filler) fill(ctx context.Context, o *object, want span, r reader) error
 		return nil
 	}
 	f.miss()
-	ctx, cancel := context.WithTimeoutCause(ctx, f.deadline, errDeadline)
-	defer cancel()
 	answered, mismatches := false, 0
 	var last error
-	again := reader{turn: r.turn, ready: func() { answered = true; r.ready(); f.miss() }}
+	d := &demand{want: want, turn: r.turn, deadline: time.Now().Add(f.deadline), ready: func() {
+		answered = true
+		r.ready()
+		f.miss()
+	}}
 	for {
-		err := f.attempt(ctx, o, want, again)
+		err := f.attempt(ctx, o, d)
 		switch {
 		case answered: // an error concerns the read-ahead only, and was logged
 			return nil
@@ -69,64 +71,88 @@ func (f *filler) fill(ctx context.Context, o *object, want span, r reader) error
 	}
 }
 
-// attempt does one thing for want: wait for what is on its way, or else fetch what is absent.
-func (f *filler) attempt(ctx context.Context, o *object, want span, r reader) error {
-	if !o.absent(want) {
-		r.turn.pass()
-		return o.await(ctx, want)
-	}
-	if o.paused() > 0 {
-		r.turn.pass()
-		if err := o.pause(ctx); err != nil {
+// A demand is what a fetch knows of the reader it is for. A prefetch has none.
+type demand struct {
+	want     span
+	turn     *turn
+	ready    func()
+	deadline time.Time // errDeadline after it
+}
+
+// attempt does one thing for a reader: wait for what is on its way, or else fetch what is absent.
+func (f *filler) attempt(ctx context.Context, o *object, d *demand) error {
+	if !o.tryStart(d.want) {
+		d.turn.pass()
+		ctx, cancel := context.WithDeadlineCause(ctx, d.deadline, errDeadline)
+		defer cancel()
+		if started, err := o.start(ctx, d.want); err != nil || !started {
 			return err
 		}
 	}
-	if err := o.takeSlot(ctx, r.turn); err != nil {
-		return err
-	}
 	defer func() { <-o.slots }()
-	if o.paused() > 0 {
-		return nil // another's attempt failed while this one waited for its slot
-	}
 	ahead := f.ahead
 	if 2*len(o.slots) > cap(o.slots) {
 		ahead = 0 // slots are scarce: leave them to readers
 	}
-	deadline, _ := ctx.Deadline()
-	return f.fetch(o, want, ahead, &demand{reader: r, want: want, deadline: deadline})
+	return f.fetch(o, d.want, ahead, d)
 }
 
-// takeSlot waits for a slot for a fetch; the cause of ctx when that ends first.
-func (o *object) takeSlot(ctx context.Context, t *turn) error {
+// tryStart takes a slot for fetching want if there is something to fetch and nothing to wait for.
+func (o *object) tryStart(want span) bool {
+	if !o.absent(want) || o.paused() > 0 {
+		return false
+	}
 	select {
 	case o.slots <- struct{}{}:
-		return nil
+		return true
 	default:
-		t.pass()
+		return false
+	}
+}
+
+// start waits until want, or something of it, can be fetched and takes a slot for that; false: look again. The error is
+// that of a fetch waited for, or the cause of ctx when that ended first.
+func (o *object) start(ctx context.Context, want span) (bool, error) {
+	if !o.absent(want) {
+		return false, o.await(ctx, want)
+	}
+	if err := o.pause(ctx); err != nil {
+		return false, err
 	}
 	select {
 	case o.slots <- struct{}{}:
-		return nil
 	case <-ctx.Done():
-		return context.Cause(ctx)
+		return false, context.Cause(ctx)
 	}
+	if o.paused() > 0 { // another's attempt failed while this one waited for its slot
+		<-o.slots
+		return false, nil
+	}
+	return true, nil
 }
 
-// A demand is what a fetch for a reader knows of it. A prefetch has none.
-type demand struct {
-	reader
-	want     span
-	deadline time.Time // errDeadline after it
-}
-
-// fetch claims what is absent of s, and of ahead bytes behind its first missing byte, and brings it in.
+// fetch claims what is absent of s, and of ahead bytes from its first missing byte on, and brings it in. What is read ahead
+// from a local file is claimed when the reader has its answer: there is no round trip to be saved by asking for both at
+// once.
 func (f *filler) fetch(o *object, s span, ahead uint64, d *demand) error {
 	u := o.borrow()
 	if u == nil {
 		return errNoSource
 	}
 	defer u.wg.Done()
-	c := o.claim(s, ahead)
+	if d == nil || !u.local {
+		return f.carry(o, u, o.claim(s, ahead), d)
+	}
+	behind := o.behind(s, ahead)
+	if err := f.carry(o, u, o.claim(s, 0), d); err != nil || behind.empty() {
+		return err
+	}
+	d.turn.pass()
+	return f.carry(o, u, o.claim(behind, 0), nil)
+}
+
+// carry brings in what was claimed.
+func (f *filler) carry(o *object, u *use, c claimed, d *demand) error {
 	if len(c.spans) == 0 {
 		return nil
 	}
@@ -135,11 +161,13 @@ func (f *filler) fetch(o *object, s span, ahead uint64, d *demand) error {
 	defer t.in.close()
 	ctx := u.ctx
 	if d != nil {
+		t.want, t.turn = d.want, d.turn
 		defer o.busy()()
+	}
+	if d != nil && !u.local { // a read of a local file ends when it ends
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithDeadlineCause(u.ctx, d.deadline, errDeadline)
 		defer cancel()
-		t.want = d.want
 	}
 	began := time.Now()
 	rest, err := t.run(ctx, c.spans)

@@ -148,6 +148,13 @@ func (o *object) landed(wanted chan struct{}) {
 	o.claims = slices.DeleteFunc(o.claims, func(c *claim) bool { return c.wanted == wanted })
 }
 
+// behind returns what is to be read ahead of a reader of want, after it.
+func (o *object) behind(want span, ahead uint64) span {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return span{want.last, o.window(want, ahead)}
+}
+
 // window returns the first chunk that starts ahead bytes or more after the first missing chunk of want.
 func (o *object) window(want span, ahead uint64) int {
 	for i := want.first; i < want.last; i++ {

@@ -43,9 +43,9 @@ type turn struct {
 	passed atomic.Bool
 }
 
-// pass lets another goroutine read. Only the first call does something.
+// pass lets another goroutine read. Only the first call does something; no turn has none to pass.
 func (t *turn) pass() {
-	if t.passed.CompareAndSwap(false, true) {
+	if t != nil && t.passed.CompareAndSwap(false, true) {
 		t.pump.current.CompareAndSwap(t, nil)
 		t.pump.wg.Go(t.pump.work)
 	}

@@ -28,6 +28,7 @@ type transfer struct {
 	*filler
 	o      *object
 	epoch  int
+	turn   *turn           // of the reader the transfer was begun for; nil for a prefetch
 	demand *demand         // of the reader who waits; nil when there is none, or it was answered
 	want   span            // the demand's, also afterwards
 	wanted <-chan struct{} // closed when a reader waits for what is claimed
@@ -40,6 +41,7 @@ func (t *transfer) run(ctx context.Context, spans []span) (rest []span, err erro
 		s := &spans[0]
 		for !s.empty() {
 			if t.demand == nil {
+				t.turn.pass()
 				t.yield(ctx)
 			}
 			b := t.batch(*s)
@@ -132,7 +134,6 @@ func (t *transfer) land(ctx context.Context, b batch) error {
 	ready, complete := t.o.mark(b.span, t.epoch, t.want)
 	if ready && t.demand != nil {
 		t.demand.ready()
-		t.demand.turn.pass()
 		t.demand = nil
 	}
 	if complete {
@@ -153,7 +154,7 @@ func (t *transfer) verified(ctx context.Context, b batch) (*buffer, error) {
 		defer stored.free()
 	}
 	if t.demand != nil && (b.size > quickBytes || !t.in.use.local) {
-		t.demand.turn.pass()
+		t.turn.pass()
 	}
 	err := t.in.read(ctx, b, stored.b[:b.size])
 	for i := b.first; err == nil && i < b.last; i++ {
