@@ -32,7 +32,7 @@ func boundDevice(t *testing.T) *os.File {
 }
 
 // rawRead reads the device once, without waiting.
-func rawRead(t *testing.T, f *os.File) ([]byte, error) {
+func rawRead(t testing.TB, f *os.File) ([]byte, error) {
 	t.Helper()
 	buf := make([]byte, CACHEFILES_MSG_MAX_SIZE)
 	var n int
@@ -44,7 +44,7 @@ func rawRead(t *testing.T, f *os.File) ([]byte, error) {
 }
 
 // message waits for the next message.
-func message(t *testing.T, f *os.File) (Message, []byte) {
+func message(t testing.TB, f *os.File) (Message, []byte) {
 	t.Helper()
 	poll(t, f)
 	b, err := rawRead(t, f)
@@ -59,7 +59,7 @@ func message(t *testing.T, f *os.File) (Message, []byte) {
 }
 
 // poll waits until the device has something to read.
-func poll(t *testing.T, f *os.File) {
+func poll(t testing.TB, f *os.File) {
 	t.Helper()
 	err := control(f, func(fd int) error {
 		fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
@@ -80,7 +80,7 @@ func poll(t *testing.T, f *os.File) {
 }
 
 // startMount begins a mount of im; its error comes when mount(2) returns. The mount is undone at the end.
-func startMount(t *testing.T, im image, dir string) <-chan error {
+func startMount(t testing.TB, im image, dir string) <-chan error {
 	t.Helper()
 	done := make(chan error, 1)
 	go func() { // ends when the kernel has its answers, or the device is closed
@@ -98,7 +98,7 @@ func startMount(t *testing.T, im image, dir string) <-chan error {
 }
 
 // answerOpen answers an open request with an object's size.
-func answerOpen(t *testing.T, f *os.File, m Message, o fscache.Object) *handle {
+func answerOpen(t testing.TB, f *os.File, m Message, o fscache.Object) *handle {
 	t.Helper()
 	anon, err := own(int(m.Open.FD))
 	if err != nil {
@@ -113,7 +113,7 @@ func answerOpen(t *testing.T, f *os.File, m Message, o fscache.Object) *handle {
 }
 
 // answerMount answers what a mount of im asks for, up to its end, and returns the blob's handle.
-func answerMount(t *testing.T, f *os.File, im image, mounted <-chan error, record func(op string, b []byte)) *handle {
+func answerMount(t testing.TB, f *os.File, im image, mounted <-chan error, record func(op string, b []byte)) *handle {
 	t.Helper()
 	var boot, blob *handle
 	for done := false; blob == nil || !done; {

@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"holdfast/fscache"
+	"holdfast/tests/vm/wire"
 )
 
 // The environment that makes the test binary a daemon which dies: the request it takes and never answers, and its cache.
@@ -21,6 +22,13 @@ func TestMain(m *testing.M) {
 		err := victim(holds, os.Getenv(victimDir))
 		fmt.Println(err)
 		os.Exit(1)
+	}
+	// In the virtual machine only the disk can hold a cache.
+	if os.Getenv("HOLDFAST_ENGINE") == Name && os.Getenv("TMPDIR") == "" {
+		if err := os.Setenv("TMPDIR", wire.DiskDir); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
 	}
 	os.Exit(m.Run())
 }
