@@ -3,11 +3,12 @@
 //
 // # The way of a request
 //
-// A pump goroutine reads a request and serves it itself (pump.go). The range asked for is widened to whole chunks; if they are
+// A pump goroutine reads a request and serves it itself, passing the turn to read on before anything that takes long
+// (pump.go). The range asked for is widened to whole chunks; if they are
 // present the answer is OK. Else what is absent of them, and of the read-ahead window behind them, is claimed (object.go),
 // neighbours in the blob become one range request (transfer.go), and each batch of chunks is verified, written,
 // marked and only then answered (transfer.land). A chunk that another request has claimed is waited for: one fetch a
-// chunk, however many readers. Prefetch claims like a reader does, but only while no reader waits (prefetch.go).
+// chunk, however many readers. What is read ahead holds back while readers miss elsewhere, until one waits for it. Prefetch claims like a reader does, but only while no reader waits (prefetch.go).
 //
 // The daemon is the one layer that tries again (fill.go, retry.go). What it does about a failure:
 //
@@ -30,8 +31,9 @@
 //   - I2: every request that Next returns is answered once: by fill's ready, or with fill's error;
 //   - I5: settle decides what is present: what this boot wrote through the same chunk table, or what was read back and checked;
 //   - I8, I9: two images share an object only in one domain and only if their chunk tables agree;
-//   - I10: a request is served by the goroutine that read it, another is always reading; locks are an object's own, held for
-//     no longer than it takes to flip bits, and slots for fetches are an object's own.
+//   - I10: a request is served by the goroutine that read it, and the turn to read is never kept for more than two
+//     milliseconds; locks are an object's own, held for no longer than it takes to flip bits, and slots for fetches are an
+//     object's own.
 //
 // golang.org/x/time/rate limits the prefetch's bandwidth: a token bucket with waiting that ends with a context. go.uber.org/zap
 // is the logger the whole program has.
