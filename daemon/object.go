@@ -22,6 +22,8 @@ type object struct {
 	print string        // fingerprint of the table
 	slots chan struct{} // one for each fetch that a reader waits for
 
+	completing sync.WaitGroup // finish calls under way; only fetches and settling start one
+
 	fetched atomic.Int64 // bytes the sources gave
 	served  atomic.Int64 // bytes of requests answered OK
 

@@ -127,7 +127,9 @@ func (d *Daemon) ready(ctx context.Context, o *object) error {
 		return fmt.Errorf("add object %s: %w", o.key, err)
 	}
 	if err := d.settle(ctx, o); err != nil {
-		return errors.Join(err, d.engine.Remove(o.key))
+		err = errors.Join(err, d.engine.Remove(o.key))
+		o.completing.Wait()
+		return err
 	}
 	return nil
 }
@@ -159,6 +161,7 @@ func (d *Daemon) releaseEntry(h *hold) error {
 		return err
 	}
 	h.o.detach(h.u)
+	h.o.completing.Wait()
 	d.objects.publish(h.o.key, nil)
 	if err != nil {
 		err = fmt.Errorf("remove object %s: %w", h.o.key, err)

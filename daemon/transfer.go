@@ -183,10 +183,13 @@ func (t *transfer) write(b batch, p []byte) error {
 }
 
 // finish tells the engine that the object is complete, in a goroutine of its own, for fsync takes its time: filler's
-// background waits for it. A failed fsync is not tried again (what it lost cannot be known): the object stays as one that
+// background waits for it, and so does whoever makes the engine forget the object: the engine knows it by its key, under
+// which another may be there next, and taking the mark off that one would show its holes (I1). A failed fsync is not tried again (what it lost cannot be known): the object stays as one that
 // the kernel asks for, and the daemon answers.
 func (f *filler) finish(o *object) {
+	o.completing.Add(1)
 	f.background.Go(func() {
+		defer o.completing.Done()
 		err := f.engine.Sync(o.key)
 		if err == nil {
 			err = f.engine.Complete(o.key)
