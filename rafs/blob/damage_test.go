@@ -305,6 +305,9 @@ func TestBlobMetaFileOfOtherBuildersIsRead(t *testing.T) {
 	}
 	file = append(file, make([]byte, rafs.AlignUp(uint64(len(file)))-uint64(len(file)))...)
 	file = append(file, blob[info.CIOffset+info.CIStored:][:cctSize]...)
+	if _, _, res := write(t, content(rand.New(rand.NewPCG(7, 7)), 12, 4000), []byte("bootstrap"), small); !bytes.Equal(res.BlobMeta, file) {
+		t.Error("what the writer gives to be packed is not what the blob holds")
+	}
 	packed, err := ParseBlobMeta(file, info)
 	if err != nil {
 		t.Fatal(err)

@@ -13,8 +13,10 @@ const nativeFeatures = rafs.FeatureAligned | rafs.FeatureHasTarHeader | rafs.Fea
 
 // A seal is what is known of a blob once its last chunk is written.
 type seal struct {
-	ci      []byte // as stored
+	plain   []byte // CI array
+	ci      []byte // the same as stored
 	ciSum   rafs.Digest
+	header  []byte // CCT header, once it is written
 	digests []byte
 	info    rafs.BlobInfo
 }
@@ -53,13 +55,13 @@ func (w *Writer) seal() (*seal, error) {
 		return s, nil
 	}
 	s.info.Features |= rafs.FeatureInlinedChunkDigest
-	ci := make([]byte, 0, len(w.rows)*ciSizeV1)
+	ci := make([]byte, 0, rafs.AlignUp(uint64(len(w.rows)*ciSizeV1))+cctSize) // with room for what packed appends
 	s.digests = make([]byte, 0, len(w.rows)*len(rafs.Digest{}))
 	for _, c := range w.rows {
 		ci = appendCIv1(ci, c)
 		s.digests = append(s.digests, c.Digest[:]...)
 	}
-	s.ciSum = sha256.Sum256(ci)
+	s.plain, s.ciSum = ci, sha256.Sum256(ci)
 	c, err := newCompressor(w.o.Codec, rafs.MaxChunkSize)
 	if err != nil {
 		return nil, err
@@ -78,6 +80,8 @@ type Result struct {
 	Info  rafs.BlobInfo // ID is the sha256 of the file, hence the OCI digest's hex form
 	Size  int64         // bytes of the file
 	Stats Stats
+	// BlobMeta is the chunk information as it is packed beside bootstraps, for [ParseBlobMeta]; nil if there are no chunks.
+	BlobMeta []byte
 }
 
 // Finish flushes, writes everything after the chunk data, with bootstrap inlined unless it is empty, and ends the
@@ -117,7 +121,16 @@ func (w *Writer) Finish(bootstrap []byte) (Result, error) {
 	}
 	info.ID = hex.EncodeToString(w.sum.Sum(nil))
 	info.StoredSize = pos + uint64(len(tail))
-	return Result{Info: info, Size: int64(info.StoredSize), Stats: w.Stats()}, nil
+	return Result{Info: info, Size: int64(info.StoredSize), Stats: w.Stats(), BlobMeta: w.sealed.packed()}, nil
+}
+
+// packed returns the CI array, padded, and its header.
+func (s *seal) packed() []byte {
+	if len(s.plain) == 0 {
+		return nil
+	}
+	pad := rafs.AlignUp(uint64(len(s.plain))) - uint64(len(s.plain))
+	return append(append(s.plain, make([]byte, pad)...), s.header...)
 }
 
 // appendMeta appends CI array, header and digests, each with its tar header, if there are chunks.
@@ -127,12 +140,12 @@ func (w *Writer) appendMeta(tail []byte, info rafs.BlobInfo, entries *toc) []byt
 		return tail
 	}
 	h := cctHeader{features: info.Features, codec: info.CICodec, entries: info.ChunkCount, offset: info.CIOffset, stored: info.CIStored, size: info.CISize}
-	header := h.append(nil)
-	tail = append(append(tail, s.ci...), header...)
+	s.header = h.append(nil)
+	tail = append(append(tail, s.ci...), s.header...)
 	tail = appendTarHeader(tail, tocMeta, info.CIStored+cctSize)
 	*entries = append(*entries,
 		tocEntry{name: tocMeta, codec: info.CICodec, digest: s.ciSum, offset: info.CIOffset, stored: info.CIStored, size: info.CISize},
-		tocEntry{name: tocHeader, digest: sha256.Sum256(header), offset: info.CIOffset + info.CIStored, stored: cctSize, size: cctSize},
+		tocEntry{name: tocHeader, digest: sha256.Sum256(s.header), offset: info.CIOffset + info.CIStored, stored: cctSize, size: cctSize},
 		tocEntry{name: tocDigest, digest: sha256.Sum256(s.digests), offset: info.CIOffset + uint64(len(tail)), stored: uint64(len(s.digests)), size: uint64(len(s.digests))})
 	return appendTarHeader(append(tail, s.digests...), tocDigest, uint64(len(s.digests)))
 }

@@ -16,7 +16,8 @@ import (
 type madeBlob struct {
 	path string // where it waits to be put into the output
 	info rafs.BlobInfo
-	size int64 // bytes of the file
+	size int64  // bytes of the file
+	meta []byte // chunk information, to be packed beside the bootstrap
 }
 
 // A blobMap gives blobs, by their 1-based numbers, other numbers; 0 leaves a blob out.
@@ -140,7 +141,7 @@ func (j *imageJob) convertLayer(ctx context.Context, in inputLayer) (_ *layer, e
 	}
 	j.meter.finish(res.Stats)
 	j.skippedXattrs += r.skippedXattrs
-	j.blobs = append(j.blobs, madeBlob{path, res.Info, res.Size})
+	j.blobs = append(j.blobs, madeBlob{path, res.Info, res.Size, res.BlobMeta})
 	return r.layer, nil
 }
 

@@ -269,10 +269,7 @@ func (j *imageJob) pack(ctx context.Context, img inputImage) (document, error) {
 	if err != nil {
 		return document{}, err
 	}
-	last, lastDiff, err := bootstrapLayer(boot)
-	if err != nil {
-		return document{}, err
-	}
+	files := []packedFile{{bootstrapName, boot}}
 	var layers []ocispec.Descriptor
 	var diffIDs []digest.Digest
 	kept := make([]bool, len(j.blobs))
@@ -280,7 +277,12 @@ func (j *imageJob) pack(ctx context.Context, img inputImage) (document, error) {
 		if kept[i] = m[i+1] != 0; kept[i] {
 			d := blobDescriptor(b)
 			layers, diffIDs = append(layers, d), append(diffIDs, d.Digest)
+			files = append(files, packedFile{d.Digest.Encoded() + blobMetaSuffix, b.meta})
 		}
+	}
+	last, lastDiff, err := bootstrapLayer(files)
+	if err != nil {
+		return document{}, err
 	}
 	config, err := rewriteConfig(img.config, append(diffIDs, lastDiff), kept)
 	if err != nil {

@@ -294,7 +294,7 @@ func bootOf(t tb, layer []byte) []byte {
 		if err != nil {
 			t.Fatalf("bootstrap layer: %v", err)
 		}
-		if h.Name != bootstrapPath {
+		if h.Name != bootstrapDir+bootstrapName {
 			continue
 		}
 		boot, err := io.ReadAll(tr)

@@ -1,12 +1,16 @@
 package convert
 
 import (
+	"archive/tar"
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
@@ -19,7 +23,9 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"holdfast/rafs"
+	"holdfast/rafs/blob"
 	"holdfast/rafs/bootstrap"
+	"holdfast/rafs/source"
 	"holdfast/rafs/tree"
 )
 
@@ -62,6 +68,53 @@ func TestImageIsPackedAsNydusReadsIt(t *testing.T) {
 		t.Errorf("platform in the index: %+v", d.Platform)
 	}
 	checkConfig(t, got, layoutBlob(t, tmp+"/out", last))
+	checkBlobMetas(t, tmp+"/out", got)
+}
+
+// checkBlobMetas checks what is packed beside the bootstrap: for each blob, in order, what the blob says of its chunks.
+func checkBlobMetas(t *testing.T, dir string, got *opened) {
+	t.Helper()
+	layers := got.manifest.Layers
+	tr := tar.NewReader(bytes.NewReader(gunzip(t, layoutBlob(t, dir, layers[len(layers)-1]))))
+	next := func(want string) []byte {
+		h, err := tr.Next()
+		if err != nil || h.Name != want {
+			t.Fatalf("bootstrap layer: %+v, %v, want %s", h, err, want)
+		}
+		b, err := io.ReadAll(tr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return b
+	}
+	next("image/")
+	next("image/image.boot")
+	for _, info := range got.boot.Blobs {
+		packed, err := blob.ParseBlobMeta(next("image/"+info.ID+".blob.meta"), info)
+		if err != nil {
+			t.Fatal(err)
+		}
+		src := source.NewFile(filepath.Join(dir, "blobs/sha256", info.ID), int64(info.StoredSize))
+		defer src.Close()
+		inside, err := blob.ReadMeta(t.Context(), src, info)
+		if err != nil {
+			t.Fatal(err)
+		}
+		want, err := inside.Table(nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		digests := make([]rafs.Digest, want.Len())
+		for i := range digests {
+			digests[i] = want.At(i).Digest
+		}
+		if table, err := packed.Table(digests); err != nil || want.Len() == 0 || !reflect.DeepEqual(table, want) {
+			t.Errorf("blob %s: packed %+v, %v, the blob has %+v", info.ID, table, err, want)
+		}
+	}
+	if h, err := tr.Next(); err != io.EOF {
+		t.Errorf("one more file: %+v, %v", h, err)
+	}
 }
 
 func checkConfig(t *testing.T, got *opened, last []byte) {
