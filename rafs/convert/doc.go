@@ -10,6 +10,11 @@
 // the rules of OCI and overlayfs whiteouts. POSIX ACLs are taken from the extended attributes they are stored in; the
 // text form that some tools add for other systems is not read.
 //
+// Limits: of two conversions into one OCI layout that end at the same moment, one may lose its tag, while its blobs stay: run it
+// again. A lock file would outlive a killed process and locks of the kernel do not reach every file system, so there is
+// none. A killed conversion leaves a directory .convert-* in the layout. The next one lets it be, as nothing in a name tells
+// whether its process, of another container or machine perhaps, still runs; whoever knows that none does may delete it.
+//
 // What this package never does: follow a symbolic link, write outside the destination and its temporary directory, look
 // at a file's bytes.
 //
