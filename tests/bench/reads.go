@@ -150,7 +150,7 @@ func coldLocal(ctx context.Context, b *bench) ([]result, error) {
 	return []result{compare("cold, local source, all files once", "s", ours, floor, 1.25, true)}, nil
 }
 
-const missSize = 128 << 20 // bytes of the file that the miss measurements read
+const missSize = 512 << 20 // bytes of the file that the miss measurements read
 
 // missFile makes a tar with one file of missSize bytes that compress to about half.
 func (b *bench) missFile() (string, error) {
