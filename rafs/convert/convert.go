@@ -13,6 +13,8 @@ import (
 	"holdfast/rafs"
 	"holdfast/rafs/blob"
 	"holdfast/rafs/bootstrap"
+	"holdfast/rafs/oci"
+	"holdfast/rafs/source"
 	"holdfast/rafs/tree"
 )
 
@@ -57,14 +59,14 @@ func Run(ctx context.Context, o Options) (_ *Result, err error) {
 	}
 	defer func() {
 		if err != nil {
-			err = fmt.Errorf("convert %s: %w", c.src, err)
+			err = fmt.Errorf("convert %s: %w", c.o.Source, err)
 		}
 	}()
 	images, closeSource, err := c.openSource(ctx)
+	defer closeSource()
 	if err != nil {
 		return nil, err
 	}
-	defer closeSource()
 	if c.out, err = c.openOutput(); err != nil {
 		return nil, err
 	}
@@ -81,7 +83,8 @@ func Run(ctx context.Context, o Options) (_ *Result, err error) {
 // A conversion is one call of Run.
 type conversion struct {
 	o         Options
-	src, dst  location
+	src       location
+	dst       oci.Reference
 	platforms []ocispec.Platform
 	out       output
 	meter     *progressMeter
@@ -116,10 +119,10 @@ func newConversion(o Options) (*conversion, error) {
 }
 
 func (c *conversion) openOutput() (output, error) {
-	if c.dst.scheme == "docker" {
-		return openPush(c.dst.ref, c.o.Keychain, &c.meter.pushed)
+	if c.dst.Name != nil {
+		return openPush(c.dst.Name, c.o.Keychain, &c.meter.pushed)
 	}
-	return openLayout(c.dst.path, c.dst.tag)
+	return openLayout(c.dst.Path, c.dst.Tag)
 }
 
 // openSource returns the images to convert, those of the platforms wanted.
@@ -132,29 +135,18 @@ func (c *conversion) openSource(ctx context.Context) ([]inputImage, func() error
 	case "tar":
 		img, err := tarImage(c.src.path)
 		return []inputImage{img}, nothing, err
-	case "oci":
-		s := layoutStore{c.src.path}
-		root, err := s.root(c.src.tag)
-		if err != nil {
-			return nil, nothing, err
-		}
-		images, err := c.openImages(ctx, s, root)
-		return images, s.Close, err
 	}
-	s := openRegistry(c.src.ref, c.o.Keychain)
-	root, err := s.root(ctx, c.src.ref)
-	var images []inputImage
-	if err == nil {
-		images, err = c.openImages(ctx, s, root)
-	}
-	if err != nil {
-		s.Close()
-	}
+	s := oci.Open(c.src.image, source.Options{Keychain: c.o.Keychain})
+	images, err := c.openImages(ctx, s)
 	return images, s.Close, err
 }
 
-func (c *conversion) openImages(ctx context.Context, s store, root ocispec.Descriptor) ([]inputImage, error) {
-	refs, err := imagesOf(ctx, s, root)
+func (c *conversion) openImages(ctx context.Context, s *oci.Store) ([]inputImage, error) {
+	roots, err := s.Find(ctx)
+	if err != nil {
+		return nil, err
+	}
+	refs, err := imagesOf(ctx, s, roots[0])
 	if err != nil {
 		return nil, err
 	}
@@ -176,14 +168,14 @@ func (c *conversion) openImages(ctx context.Context, s store, root ocispec.Descr
 		images = append(images, img)
 	}
 	if len(images) == 0 {
-		return nil, fmt.Errorf("%w: none for the platforms %q, only for %q", ErrNotFound, c.o.Platforms, others)
+		return nil, fmt.Errorf("%w: none for the platforms %q, only for %q", oci.ErrNotFound, c.o.Platforms, others)
 	}
 	return images, nil
 }
 
 func (c *conversion) run(ctx context.Context, images []inputImage) (*Result, error) {
 	c.meter.plan(images)
-	res := &Result{Ref: c.dst.String()}
+	res := &Result{Ref: c.o.Dest}
 	var docs []document
 	for i, img := range images {
 		j := &imageJob{conversion: c, number: i + 1, dedup: blob.NewDedup(), root: tree.NewRoot()}

@@ -28,6 +28,7 @@ import (
 	"holdfast/rafs"
 	"holdfast/rafs/blob"
 	"holdfast/rafs/bootstrap"
+	"holdfast/rafs/oci"
 	"holdfast/rafs/source"
 	"holdfast/rafs/tree"
 )
@@ -240,11 +241,11 @@ func layoutBlob(t tb, path string, d ocispec.Descriptor) []byte {
 // tagged returns what a tag of a layout stands for.
 func tagged(t tb, path, tag string) ocispec.Descriptor {
 	t.Helper()
-	d, err := layoutStore{path}.root(tag)
+	ds, err := oci.Open(oci.Reference{Path: path, Tag: tag}, source.Options{}).Find(context.Background())
 	if err != nil {
 		t.Fatalf("%v", err)
 	}
-	return d
+	return ds[0]
 }
 
 // openConverted reads an image that Run wrote to a layout, all of it.

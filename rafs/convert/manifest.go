@@ -14,18 +14,15 @@ import (
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/specs-go"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"holdfast/rafs/oci"
 )
 
-// How RAFS images are packed as OCI images: FORMATS.md 1.12.
+// Files of the bootstrap layer.
 const (
-	mediaTypeBlob       = "application/vnd.oci.image.layer.nydus.blob.v1"
-	annotationBlob      = "containerd.io/snapshot/nydus-blob"
-	annotationBootstrap = "containerd.io/snapshot/nydus-bootstrap"
-	annotationVersion   = "containerd.io/snapshot/nydus-fs-version"
-	osFeature           = "nydus.remoteimage.v1"
-	bootstrapDir        = "image/" // in the bootstrap layer
-	bootstrapName       = "image.boot"
-	blobMetaSuffix      = ".blob.meta" // after the hex digest of a blob layer
+	bootstrapDir   = "image/"
+	bootstrapName  = "image.boot"
+	blobMetaSuffix = ".blob.meta" // after the hex digest of a blob layer
 )
 
 // A packed document is ready to be stored.
@@ -74,7 +71,7 @@ func bootstrapLayer(files []packedFile) (document, digest.Digest, error) {
 		return document{}, "", err
 	}
 	d := document{descriptor(ocispec.MediaTypeImageLayerGzip, out.Bytes()), out.Bytes()}
-	d.desc.Annotations = map[string]string{annotationBootstrap: "true", annotationVersion: "6"}
+	d.desc.Annotations = map[string]string{oci.AnnotationBootstrap: "true", oci.AnnotationVersion: "6"}
 	return d, diff.Digest(), nil
 }
 
@@ -85,10 +82,10 @@ func packedHeader(name string, mode int64, typ byte, size int) *tar.Header {
 // blobDescriptor is the descriptor of a blob layer, whose DiffID is its digest.
 func blobDescriptor(b madeBlob) ocispec.Descriptor {
 	return ocispec.Descriptor{
-		MediaType:   mediaTypeBlob,
+		MediaType:   oci.MediaTypeBlob,
 		Digest:      digest.NewDigestFromEncoded(digest.SHA256, b.info.ID),
 		Size:        b.size,
-		Annotations: map[string]string{annotationBlob: "true"},
+		Annotations: map[string]string{oci.AnnotationBlob: "true"},
 	}
 }
 
@@ -167,8 +164,8 @@ func newIndex(manifests []ocispec.Descriptor) (document, error) {
 // rafsPlatform is p as it stands in a descriptor of a RAFS image, which runtimes that cannot mount one skip.
 func rafsPlatform(p ocispec.Platform) *ocispec.Platform {
 	p.OSFeatures = slices.Clone(p.OSFeatures)
-	if !slices.Contains(p.OSFeatures, osFeature) {
-		p.OSFeatures = append(p.OSFeatures, osFeature)
+	if !slices.Contains(p.OSFeatures, oci.FeatureRAFS) {
+		p.OSFeatures = append(p.OSFeatures, oci.FeatureRAFS)
 	}
 	return &p
 }

@@ -25,6 +25,7 @@ import (
 	"holdfast/rafs"
 	"holdfast/rafs/blob"
 	"holdfast/rafs/bootstrap"
+	"holdfast/rafs/oci"
 	"holdfast/rafs/source"
 	"holdfast/rafs/tree"
 )
@@ -211,7 +212,7 @@ func TestIndexBecomesAnIndexOfConvertedImages(t *testing.T) {
 	}
 	for i, arch := range []string{"amd64", "arm64"} {
 		d := idx.Manifests[i]
-		if d.Platform == nil || d.Platform.Architecture != arch || !slices.Contains(d.Platform.OSFeatures, osFeature) {
+		if d.Platform == nil || d.Platform.Architecture != arch || !slices.Contains(d.Platform.OSFeatures, oci.FeatureRAFS) {
 			t.Errorf("platform %+v", d.Platform)
 		}
 		if got := openConverted(t, tmp+"/out", d); got.files["/arch"].Content != arch || got.files["/same"].Content != "same" {
@@ -230,7 +231,7 @@ func TestIndexBecomesAnIndexOfConvertedImages(t *testing.T) {
 	if err == nil {
 		t.Fatal("a platform that is not there was converted")
 	}
-	wantError(t, err, ErrNotFound, "linux/s390x", "linux/arm64/v8")
+	wantError(t, err, oci.ErrNotFound, "linux/s390x", "linux/arm64/v8")
 }
 
 func TestTagIsReplacedAndOthersStay(t *testing.T) {
@@ -371,21 +372,21 @@ func TestBadLayoutsAreRefused(t *testing.T) {
 		{"layer damaged", func(t *testing.T, dir string) {
 			l := manifest(t, dir).Layers[1]
 			flip(t, blobFile(dir, l.Digest), int(l.Size)-600) // inside the padding: the tar reads well
-		}, errDamaged, []string{"layer 2", "digest"}},
+		}, oci.ErrFormat, []string{"layer 2", "digest"}},
 		{"layer damaged so that it cannot be read", func(t *testing.T, dir string) {
 			flip(t, blobFile(dir, manifest(t, dir).Layers[0].Digest), 30)
-		}, errDamaged, []string{"layer 1", "digest"}},
+		}, oci.ErrFormat, []string{"layer 1", "digest"}},
 		{"layer cut", func(t *testing.T, dir string) {
 			os.Truncate(blobFile(dir, manifest(t, dir).Layers[0].Digest), 50)
 		}, nil, []string{"layer 1", "50 bytes"}},
 		{"config missing", func(t *testing.T, dir string) { os.Remove(blobFile(dir, manifest(t, dir).Config.Digest)) }, os.ErrNotExist, []string{"configuration"}},
 		{"config damaged", func(t *testing.T, dir string) {
 			flip(t, blobFile(dir, manifest(t, dir).Config.Digest), 5)
-		}, errDamaged, []string{"configuration"}},
-		{"manifest damaged", func(t *testing.T, dir string) { flip(t, blobFile(dir, tagged(t, dir, "x").Digest), 5) }, errDamaged, nil},
+		}, oci.ErrFormat, []string{"configuration"}},
+		{"manifest damaged", func(t *testing.T, dir string) { flip(t, blobFile(dir, tagged(t, dir, "x").Digest), 5) }, oci.ErrFormat, nil},
 		{"no index", func(t *testing.T, dir string) { os.Remove(dir + "/index.json") }, os.ErrNotExist, []string{"not an OCI image layout"}},
 		{"index not JSON", func(t *testing.T, dir string) { writeFile(t, dir+"/index.json", []byte("{")) }, nil, []string{"index.json"}},
-		{"huge index", func(t *testing.T, dir string) { writeFile(t, dir+"/index.json", make([]byte, maxDocument+1)) }, nil, []string{"index.json", "at most"}},
+		{"huge index", func(t *testing.T, dir string) { writeFile(t, dir+"/index.json", make([]byte, oci.MaxDocument+1)) }, nil, []string{"index.json", "at most"}},
 		{"huge manifest", func(t *testing.T, dir string) {
 			setIndex(t, dir, ocispec.Descriptor{MediaType: ocispec.MediaTypeImageManifest, Digest: tagged(t, dir, "x").Digest, Size: 1 << 40})
 		}, nil, []string{"1099511627776", "at most"}},
@@ -475,7 +476,7 @@ func TestMissingTagIsNamedWithThoseThatAreThere(t *testing.T) {
 	if err == nil {
 		t.Fatal("converted")
 	}
-	wantError(t, err, ErrNotFound, "gone", "there")
+	wantError(t, err, oci.ErrNotFound, "gone", "there")
 }
 
 func TestConvertedImageIsNotConvertedAgain(t *testing.T) {

@@ -12,6 +12,8 @@ import (
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/specs-go"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"holdfast/rafs/oci"
 )
 
 // An output is where an image is written to. Nothing of it can be seen under its tag before putRoot.
@@ -45,7 +47,7 @@ type layoutOutput struct {
 }
 
 func openLayout(path, tag string) (_ *layoutOutput, err error) {
-	if _, err := readIndex(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+	if _, err := oci.ReadIndex(path); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, err
 	}
 	entries, err := os.ReadDir(path)
@@ -109,7 +111,7 @@ func (o *layoutOutput) putRoot(ctx context.Context, d ocispec.Descriptor, b []by
 	if err := o.replace(ocispec.ImageLayoutFile, version); err != nil {
 		return err
 	}
-	idx, err := readIndex(o.path)
+	idx, err := oci.ReadIndex(o.path)
 	if errors.Is(err, os.ErrNotExist) {
 		idx = ocispec.Index{Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageIndex}
 	} else if err != nil {

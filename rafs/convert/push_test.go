@@ -20,6 +20,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"holdfast/rafs"
+	"holdfast/rafs/oci"
 	"holdfast/tests/registry"
 )
 
@@ -217,7 +218,7 @@ func TestWrongBytesFromARegistryAreRefused(t *testing.T) {
 	if err == nil {
 		t.Fatal("damaged bytes were converted")
 	}
-	wantError(t, err, errDamaged, "layer 1")
+	wantError(t, err, oci.ErrFormat, "layer 1")
 	if _, err := os.Stat(tmp + "/out"); err == nil {
 		t.Error("the layout is there")
 	}

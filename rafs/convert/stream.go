@@ -17,6 +17,7 @@ import (
 	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
 
+	"holdfast/rafs/oci"
 	"holdfast/rafs/source"
 )
 
@@ -171,9 +172,6 @@ func (a *ahead) stop() {
 	}
 }
 
-// errDamaged is wrapped by errors about blobs that are not what their descriptors say.
-var errDamaged = errors.New("the blob is not what its manifest says")
-
 // A verifier reads a blob and turns its end into an error unless it has the digest that its manifest gives.
 type verifier struct {
 	r    io.Reader
@@ -188,7 +186,7 @@ func (v *verifier) Read(p []byte) (int, error) {
 		return n, err
 	}
 	if got := hex.EncodeToString(v.sum.Sum(nil)); got != v.want {
-		return n, fmt.Errorf("%w: its digest is sha256:%s: fetch the image again", errDamaged, got)
+		return n, fmt.Errorf("%w: its digest is sha256:%s: fetch the image again", oci.ErrFormat, got)
 	}
 	return n, io.EOF
 }
@@ -199,11 +197,11 @@ func (r *layerReader) readBlob(ctx context.Context, src source.Source, want stri
 	defer raw.Close()
 	v := &verifier{r: raw, sum: sha256.New(), want: want}
 	err := r.readTarStream(ctx, v)
-	if ctx.Err() != nil || errors.Is(err, errDamaged) {
+	if ctx.Err() != nil || errors.Is(err, oci.ErrFormat) {
 		return err
 	}
 	// Damage is the better explanation of whatever it led to.
-	if _, end := io.Copy(io.Discard, v); end != nil && (err == nil || errors.Is(end, errDamaged)) {
+	if _, end := io.Copy(io.Discard, v); end != nil && (err == nil || errors.Is(end, oci.ErrFormat)) {
 		return end
 	}
 	return err

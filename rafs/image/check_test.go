@@ -12,6 +12,7 @@ import (
 	"holdfast/rafs"
 	"holdfast/rafs/bootstrap"
 	"holdfast/rafs/convert"
+	"holdfast/rafs/oci"
 	"holdfast/rafs/source"
 	"holdfast/rafs/tree"
 )
@@ -112,7 +113,7 @@ func TestLastBootstrapLayerCounts(t *testing.T) {
 	want := open(t, "oci:"+dir)
 	other := putBlob(t, dir, []byte("not a tar"))
 	rewrite(t, dir, func(m *ocispec.Manifest) {
-		d := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageLayer, Digest: other, Size: 9, Annotations: map[string]string{annotationBootstrap: "true"}}
+		d := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageLayer, Digest: other, Size: 9, Annotations: map[string]string{oci.AnnotationBootstrap: "true"}}
 		m.Layers = append([]ocispec.Descriptor{d}, m.Layers...)
 	})
 	if img := open(t, "oci:"+dir); string(img.Bootstrap) != string(want.Bootstrap) {

@@ -16,6 +16,7 @@ import (
 
 	"holdfast/rafs/bootstrap"
 	"holdfast/rafs/convert"
+	"holdfast/rafs/oci"
 	"holdfast/rafs/source"
 	"holdfast/rafs/tree"
 )
@@ -46,7 +47,7 @@ func TestDamagedImagesAreNamed(t *testing.T) {
 			readJSON(t, dir+"/index.json", &idx)
 			idx.Manifests[0].Annotations = map[string]string{ocispec.AnnotationRefName: "other"}
 			writeJSON(t, dir+"/index.json", idx)
-		}, ErrFormat, []string{`"v1"`, `"other"`}},
+		}, oci.ErrNotFound, []string{`"v1"`, `"other"`}},
 		{"manifest changed", func(t *testing.T, dir string) {
 			var idx ocispec.Index
 			readJSON(t, dir+"/index.json", &idx)
@@ -63,17 +64,18 @@ func TestDamagedImagesAreNamed(t *testing.T) {
 			idx.Manifests[0].Digest = "sha256:../../../../etc/passwd"
 			writeJSON(t, dir+"/index.json", idx)
 		}, ErrFormat, []string{"want sha256:<64 hex digits>"}},
-		{"layer with such a digest", edit(func(m *ocispec.Manifest) { m.Layers[0].Digest = "sha256:../x" }), ErrFormat, []string{"layer 0"}},
-		{"layer with another algorithm", edit(func(m *ocispec.Manifest) { m.Layers[0].Digest = digest.SHA512.FromString("x") }), ErrFormat, []string{"layer 0"}},
-		{"layer without a size", edit(func(m *ocispec.Manifest) { m.Layers[0].Size = -1 }), ErrFormat, []string{"layer 0", "size -1"}},
+		{"layer with such a digest", edit(func(m *ocispec.Manifest) { m.Layers[0].Digest = "sha256:../x" }), ErrFormat, []string{"layer 1"}},
+		{"layer with another algorithm", edit(func(m *ocispec.Manifest) { m.Layers[0].Digest = digest.SHA512.FromString("x") }), ErrFormat, []string{"layer 1"}},
+		{"layer without a size", edit(func(m *ocispec.Manifest) { m.Layers[0].Size = -1 }), ErrFormat, []string{"layer 1", "size -1"}},
 		{"manifest is an index", edit(func(m *ocispec.Manifest) { m.MediaType = ocispec.MediaTypeImageIndex }), ErrFormat, []string{"calls itself"}},
 		{"no bootstrap", edit(func(m *ocispec.Manifest) { m.Layers = m.Layers[:1] }), ErrNotRAFS, []string{"holdfast convert oci:"}},
 		{"ordinary image", edit(func(m *ocispec.Manifest) {
 			m.Layers = []ocispec.Descriptor{{MediaType: ocispec.MediaTypeImageLayerGzip, Digest: m.Layers[0].Digest, Size: m.Layers[0].Size}}
 		}), ErrNotRAFS, []string{"holdfast convert oci:"}},
-		{"RAFS version 5", edit(func(m *ocispec.Manifest) { boot(m).Annotations[annotationVersion] = "5" }), ErrNotRAFS, []string{`RAFS version "5"`}},
+		{"RAFS version 5", edit(func(m *ocispec.Manifest) { boot(m).Annotations[oci.AnnotationVersion] = "5" }), ErrNotRAFS, []string{`RAFS version "5"`}},
 		{"bootstrap of another media type", edit(func(m *ocispec.Manifest) { boot(m).MediaType = "application/x-iso9660" }), ErrFormat, []string{"x-iso9660"}},
 		{"bootstrap layer of another size", edit(func(m *ocispec.Manifest) { boot(m).Size++ }), source.ErrShort, []string{"bootstrap"}},
+		{"bootstrap layer of no bytes", edit(func(m *ocispec.Manifest) { boot(m).Size = 0 }), ErrFormat, []string{"bootstrap layer", "has 0 bytes"}},
 		{"bootstrap layer too large", edit(func(m *ocispec.Manifest) { boot(m).Size = maxBootstrap + 1 }), ErrFormat, []string{"bootstrap layer"}},
 		{"bootstrap layer changed", func(t *testing.T, dir string) {
 			rewrite(t, dir, func(m *ocispec.Manifest) { flip(t, blobPath(dir, boot(m).Digest), 60) })
@@ -140,7 +142,7 @@ func TestPlatformIsThisMachinesAndRAFSIsPreferred(t *testing.T) {
 		return ocispec.Descriptor{Size: int64(len(features)), Platform: &ocispec.Platform{OS: os, Architecture: arch, OSFeatures: features}}
 	}
 	here := runtime.GOARCH
-	ds := []ocispec.Descriptor{{}, p("windows", here), p("linux", "s390x", featureNydus), p("linux", here), p("linux", here, featureNydus)}
+	ds := []ocispec.Descriptor{{}, p("windows", here), p("linux", "s390x", oci.FeatureRAFS), p("linux", here), p("linux", here, oci.FeatureRAFS)}
 	if d, err := choose(ds); err != nil || d.Size != 1 || d.Platform.Architecture != here {
 		t.Errorf("got %+v, %v", d, err)
 	}
@@ -243,7 +245,7 @@ func TestCheckFindsLayersThatTheBootstrapDoesNotKnow(t *testing.T) {
 	dir := makeLayout(t, sample(), convert.Options{})
 	extra := putBlob(t, dir, []byte("nobody's"))
 	rewrite(t, dir, func(m *ocispec.Manifest) {
-		m.Layers = append([]ocispec.Descriptor{{MediaType: blobMediaType, Digest: extra, Size: 8}}, m.Layers...)
+		m.Layers = append([]ocispec.Descriptor{{MediaType: oci.MediaTypeBlob, Digest: extra, Size: 8}}, m.Layers...)
 	})
 	_, err := Check(t.Context(), "oci:"+dir, Options{}, nil)
 	contains(t, err, extra.Encoded(), "manifest sha256:")

@@ -7,9 +7,8 @@
 //	docker://HOST/REPOSITORY[:TAG|@DIGEST]   a registry
 //	rafs:BOOTSTRAP[,BLOBDIR]      a bare bootstrap and a directory with the blobs, named by id
 //
-// What follows the last colon of an oci reference is the tag if it holds no slash, so that a colon in the last element of
-// PATH needs a tag or a trailing slash ("oci:/a:b/"). What follows the last comma of a rafs reference is BLOBDIR; without
-// one it is the bootstrap's directory.
+// the first two as package oci reads them. What follows the last comma of a rafs reference is BLOBDIR; without one it is
+// the bootstrap's directory.
 //
 // An opened [Image] holds the bootstrap as bytes and one chunk table per blob; the file tree is in memory only while
 // [Check] and [Inspect] run.
@@ -25,6 +24,6 @@
 //   - no digest or id of an image becomes part of a path or an address before it was seen to be hex (I9);
 //   - an image shares no connection and no credential with another one (I8, I10).
 //
-// Dependencies: github.com/opencontainers/image-spec for the documents' types; github.com/google/go-containerregistry for
-// the syntax of registry references; github.com/klauspost/compress/gzip, which is the standard one, faster.
+// Dependencies: github.com/opencontainers/image-spec for the documents' types; github.com/google/go-containerregistry/pkg/authn
+// for the type of credentials; github.com/klauspost/compress/gzip, which is the standard one, faster.
 package image

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"testing"
 
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"holdfast/rafs/source"
@@ -30,47 +31,26 @@ func FuzzUnpack(f *testing.F) {
 	})
 }
 
-// Any manifest or index gives layers that can be fetched, or an error of ours.
+// The platforms of any index lead to one of its images or an error of ours, and the layers of any manifest to a bootstrap or
+// such an error.
 func FuzzManifest(f *testing.F) {
-	d := ocispec.Descriptor{MediaType: blobMediaType, Digest: "sha256:44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a", Size: 2}
-	boot := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageLayerGzip, Digest: d.Digest, Size: 2, Annotations: map[string]string{annotationBootstrap: "true"}}
-	for _, v := range []any{ocispec.Manifest{Layers: []ocispec.Descriptor{d, boot}}, ocispec.Index{Manifests: []ocispec.Descriptor{d, boot}}} {
-		b, err := json.Marshal(v)
-		if err != nil {
-			f.Fatal(err)
-		}
-		f.Add(b)
-	}
-	f.Add([]byte(`{"layers":[{"digest":"sha256:../x"}],"manifests":[{"platform":{"os":"linux"}},{}]}`))
+	f.Add([]byte(`{"layers":[{"digest":"sha256:../x","annotations":{"containerd.io/snapshot/nydus-bootstrap":"true"}}],"manifests":[{"platform":{"os":"linux"}},{}]}`))
 	f.Fuzz(func(t *testing.T, p []byte) {
-		if idx, err := parseIndex(p); err == nil {
+		var idx ocispec.Index
+		if json.Unmarshal(p, &idx) == nil {
 			if _, err := choose(idx.Manifests); err != nil && !errors.Is(err, ErrFormat) {
 				t.Errorf("choose: %v", err)
 			}
-		} else if !errors.Is(err, ErrFormat) {
-			t.Errorf("index: %v", err)
 		}
-		m, err := parseManifest(p)
-		if err != nil {
-			if !errors.Is(err, ErrFormat) {
-				t.Errorf("manifest: %v", err)
-			}
+		var m ocispec.Manifest
+		if json.Unmarshal(p, &m) != nil {
 			return
 		}
-		boot, blobs, err := splitLayers("x", m)
-		if err != nil {
-			if !errors.Is(err, ErrFormat) && !errors.Is(err, ErrNotRAFS) {
-				t.Errorf("layers: %v", err)
-			}
-			return
+		for i := range m.Layers { // package oci lets no other digests pass
+			m.Layers[i].Digest = digest.FromString(string(m.Layers[i].Digest))
 		}
-		for id := range blobs {
-			if len(id) != 64 || !idPattern.MatchString(id) {
-				t.Errorf("blob id %q", id)
-			}
-		}
-		if !idPattern.MatchString(boot.Digest.Encoded()) || boot.Size <= 0 {
-			t.Errorf("bootstrap layer %+v", boot)
+		if _, _, err := splitLayers("x", m); err != nil && !errors.Is(err, ErrFormat) && !errors.Is(err, ErrNotRAFS) {
+			t.Errorf("layers: %v", err)
 		}
 	})
 }

@@ -18,6 +18,7 @@ import (
 	"holdfast/rafs"
 	"holdfast/rafs/blob"
 	"holdfast/rafs/bootstrap"
+	"holdfast/rafs/oci"
 	"holdfast/rafs/source"
 )
 
@@ -64,8 +65,8 @@ func Open(ctx context.Context, ref string, o Options) (*Image, error) {
 func (i *Image) open(ctx context.Context, r Reference) error {
 	var sizes func(id string) (int64, error)
 	var layers map[string]ocispec.Descriptor
-	if r.scheme == schemeRAFS {
-		b, err := readFile(r.path, maxBootstrap)
+	if s, ok := i.store.(*oci.Store); !ok {
+		b, err := readFile(r.boot, maxBootstrap)
 		if err != nil {
 			return err
 		}
@@ -73,7 +74,7 @@ func (i *Image) open(ctx context.Context, r Reference) error {
 		sizes = func(id string) (int64, error) { return fileSize(filepath.Join(r.blobs, id)) }
 	} else {
 		var err error
-		if layers, err = i.openManifest(ctx); err != nil {
+		if layers, err = i.openManifest(ctx, s); err != nil {
 			return err
 		}
 		sizes = func(id string) (int64, error) {
@@ -101,7 +102,7 @@ func (i *Image) open(ctx context.Context, r Reference) error {
 		if err != nil {
 			return err
 		}
-		i.Blobs = append(i.Blobs, &Blob{Info: info, Source: i.store.blob(info.ID, size)})
+		i.Blobs = append(i.Blobs, &Blob{Info: info, Source: i.store.Blob(info.ID, size)})
 	}
 	maps.DeleteFunc(layers, func(id string, _ ocispec.Descriptor) bool { return seen[id] })
 	i.unused = slices.Sorted(maps.Keys(layers))
@@ -109,12 +110,8 @@ func (i *Image) open(ctx context.Context, r Reference) error {
 }
 
 // openManifest fetches manifest and bootstrap, and returns the layers that are blobs, by id.
-func (i *Image) openManifest(ctx context.Context) (map[string]ocispec.Descriptor, error) {
-	root, err := i.store.root(ctx)
-	if err != nil {
-		return nil, err
-	}
-	m, digest, err := fetchManifest(ctx, i.store, root)
+func (i *Image) openManifest(ctx context.Context, s *oci.Store) (map[string]ocispec.Descriptor, error) {
+	m, digest, err := fetchManifest(ctx, s)
 	if err != nil {
 		return nil, err
 	}
@@ -123,7 +120,7 @@ func (i *Image) openManifest(ctx context.Context) (map[string]ocispec.Descriptor
 	if err != nil {
 		return nil, err
 	}
-	i.Bootstrap, err = fetchBootstrap(ctx, i.store, boot)
+	i.Bootstrap, err = fetchBootstrap(ctx, s, boot)
 	return layers, err
 }
 

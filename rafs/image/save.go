@@ -17,6 +17,9 @@ const (
 	savedBootstrap = "image.boot"
 )
 
+// BootstrapPath is the file that holds the bootstrap of an image saved in dir, as it is to be mounted.
+func BootstrapPath(dir string) string { return filepath.Join(dir, savedBootstrap) }
+
 func savedMeta(n int) string { return fmt.Sprintf("blob-%03d.meta", n) }
 
 // savedVersion is the version of the form below.
@@ -190,7 +193,7 @@ func (i *Image) load(dir string, s saved) error {
 		if m.Info().ID != info.ID {
 			return bad("%s is of blob %s, want %s", savedMeta(n), m.Info().ID, info.ID)
 		}
-		b := &Blob{Source: i.store.blob(info.ID, saved.Size)}
+		b := &Blob{Source: i.store.Blob(info.ID, saved.Size)}
 		i.Blobs = append(i.Blobs, b)
 		if err := b.setMeta(m, sb, n); err != nil {
 			return err

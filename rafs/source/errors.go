@@ -19,8 +19,8 @@ import (
 var (
 	// ErrStalled means that the peer sent nothing for as long as [Options.Stall] allows. It is worth trying again.
 	ErrStalled = errors.New("no progress")
-	// ErrTooLarge means that an answer whose length was not known before is longer than any honest one.
-	ErrTooLarge = errors.New("answer too large")
+	// ErrTooLarge means that an answer or a file whose length was not known before is longer than any honest one.
+	ErrTooLarge = errors.New("too large")
 	// errRedirects ends a redirect loop.
 	errRedirects = errors.New("too many redirects")
 )

@@ -47,6 +47,23 @@ func open(path string) (*os.File, os.FileInfo, error) {
 	return f, fi, nil
 }
 
+// ReadFile reads a regular file of at most limit bytes. Errors are permanent; that about a larger one wraps [ErrTooLarge].
+func ReadFile(path string, limit int64) ([]byte, error) {
+	f, fi, err := open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	if fi.Size() > limit {
+		return nil, Permanent(fmt.Errorf("%w: %s has %d bytes, at most %d are possible", ErrTooLarge, path, fi.Size(), limit))
+	}
+	b := make([]byte, fi.Size())
+	if _, err := io.ReadFull(f, b); err != nil {
+		return nil, Permanent(fmt.Errorf("read %s: %w", path, err))
+	}
+	return b, nil
+}
+
 // Size is the blob's length in bytes.
 func (s *File) Size() int64 { return s.size }
 
