@@ -28,7 +28,7 @@ type Object struct {
 // A Mount says what to mount where.
 type Mount struct {
 	Dir           string // absolute, exists
-	Bootstrap     Object // added before; engines that ask the daemon for metadata ask for this object
+	Bootstrap     Object // added before, where AsksForBootstrap; else not used
 	BootstrapPath string // the complete bootstrap as a local file, for engines that mount it as it is
 	Blobs         []Object
 }
@@ -101,9 +101,14 @@ type Engine interface {
 	// Add makes an object known, and must come before any Mount that uses it. Adding it again with the same size
 	// changes nothing; with another size it is an error.
 	Add(ctx context.Context, o Object) error
-	// Remove forgets an object that nothing mounted uses (else ErrBusy); its cached data stays.
+	// Remove forgets an object that no mount in any mount namespace uses (else ErrBusy); its cached data stays. An engine that
+	// took over may know so of bootstraps only, where AsksForBootstrap: a mount's goes first, and while it is busy so are
+	// the mount's blobs.
 	Remove(k Key) error
 
+	// AsksForBootstrap says whether the kernel asks for a mount's bootstrap as for any object (cachefiles), or reads the
+	// local file by itself (fanotify).
+	AsksForBootstrap() bool
 	// Mount mounts an image. With cachefiles the kernel asks for the objects while Mount runs: somebody else must be
 	// in Next. Errors name the directory and what to do.
 	Mount(ctx context.Context, m Mount) error

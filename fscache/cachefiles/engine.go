@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"holdfast/fscache"
+	"holdfast/fscache/internal/erofs"
 )
 
 // Name is the engine's name.
@@ -48,6 +49,7 @@ type Engine struct {
 
 	mu      sync.Mutex // guards what follows; never held over a system call that can wait
 	objects map[fscache.Key]*object
+	domains map[string]string  // of the objects added so far, by the name the kernel has for them
 	handles map[uint32]*handle // by the kernel's object id
 	pending map[uint64]*request
 	byMsg   map[uint32]*request // the newest of each message id, while it is pending
@@ -79,6 +81,7 @@ func Open(c Config) (*Engine, error) {
 	e := &Engine{
 		log:     c.Log,
 		objects: make(map[fscache.Key]*object),
+		domains: make(map[string]string),
 		handles: make(map[uint32]*handle),
 		pending: make(map[uint64]*request),
 		byMsg:   make(map[uint32]*request),
@@ -222,6 +225,11 @@ func (e *Engine) Add(ctx context.Context, o fscache.Object) error {
 		}
 		return nil
 	}
+	volume := volumeOf(o.Key.Domain)
+	if other, ok := e.domains[volume]; ok && other != o.Key.Domain {
+		return fmt.Errorf("object %s: its domain and %s have one name in the kernel, %s: use another domain", o.Key, other, volume)
+	}
+	e.domains[volume] = o.Key.Domain
 	e.objects[o.Key] = &object{key: o.Key, size: o.Size}
 	return nil
 }
@@ -251,20 +259,43 @@ func (e *Engine) openObject(k fscache.Key) (*object, *handle, error) {
 	return o, o.handle, nil
 }
 
-// Remove implements fscache.Engine. After a takeover the engine knows of those mounts only whose objects the kernel has
-// opened since: do not remove what is mounted.
+// closePatience is how long Remove waits for the kernel to close an object, which a worker of its does after an unmount.
+const closePatience = 2 * time.Second
+
+// Remove implements fscache.Engine. After a takeover the kernel has objects open that it did not ask this process for; what
+// it mounts by name, bootstraps, is known even then.
 func (e *Engine) Remove(k fscache.Key) error {
+	timeout := time.NewTimer(closePatience)
+	defer timeout.Stop()
+	for {
+		changed, err := e.remove(k)
+		if err != nil || changed == nil {
+			return err
+		}
+		select {
+		case <-changed:
+		case <-timeout.C:
+			return fmt.Errorf("object %s is open in the kernel: unmount what uses it first: %w", k, fscache.ErrBusy)
+		}
+	}
+}
+
+// remove removes an object that is closed; of one that is open and may be about to be closed it returns what to wait for.
+func (e *Engine) remove(k fscache.Key) (changed <-chan struct{}, err error) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	o, err := e.object(k)
 	if err != nil {
-		return err
+		return nil, err
+	}
+	if lives, err := erofs.Lives(mountName(k)); err != nil || lives {
+		return nil, fmt.Errorf("object %s is mounted: %w", k, errors.Join(err, fscache.ErrBusy))
 	}
 	if o.handle != nil {
-		return fmt.Errorf("object %s is open in the kernel: unmount what uses it first: %w", k, fscache.ErrBusy)
+		return e.changed, nil
 	}
 	delete(e.objects, k)
-	return nil
+	return nil, nil
 }
 
 // WriteAt implements fscache.Engine.

@@ -22,6 +22,9 @@ const (
 	attachInterval = time.Millisecond
 )
 
+// AsksForBootstrap implements fscache.Engine: the superblock and all metadata are read through the cache.
+func (e *Engine) AsksForBootstrap() bool { return true }
+
 // Mount implements fscache.Engine. It returns when every blob is open and can be written to; one whose open is refused
 // fails the mount. mount(2) itself waits, killable only, for answers: ctx ends the rest.
 func (e *Engine) Mount(ctx context.Context, m fscache.Mount) error {
@@ -44,7 +47,7 @@ func (e *Engine) mount(ctx context.Context, m fscache.Mount) error {
 	options := []erofs.Option{
 		{Name: "source", Value: "none"},
 		{Name: "fsid", Value: m.Bootstrap.Key.ID},
-		{Name: "domain_id", Value: m.Bootstrap.Key.Domain},
+		{Name: "domain_id", Value: volumeOf(m.Bootstrap.Key.Domain)},
 	}
 	for _, b := range m.Blobs {
 		options = append(options, erofs.Option{Name: "device", Value: b.Key.ID})
@@ -80,6 +83,9 @@ func (e *Engine) checkMount(m fscache.Mount) error {
 	return nil
 }
 
+// mountName is what EROFS calls a mount by its bootstrap (fs/erofs/super.c, erofs_set_sysfs_name).
+func mountName(bootstrap fscache.Key) string { return volumeOf(bootstrap.Domain) + "," + bootstrap.ID }
+
 // mountError says what can be done about an errno of mount(2) (fs/erofs/super.c, fs/erofs/fscache.c).
 func (e *Engine) mountError(m fscache.Mount, err error) error {
 	var refused *erofs.RefusedError
@@ -97,7 +103,7 @@ func (e *Engine) mountError(m fscache.Mount, err error) error {
 		return fmt.Errorf("%w: the bootstrap's open was refused: %w", err, cause)
 	case errors.Is(err, unix.EEXIST):
 		return fmt.Errorf("%w: domain %s has this bootstrap mounted (unmount that), or another one whose name agrees with it "+
-			"in the first 36 bytes of %q (use a shorter domain)", err, m.Bootstrap.Key.Domain, m.Bootstrap.Key.Domain+","+m.Bootstrap.Key.ID)
+			"in the first %d bytes of %q", err, m.Bootstrap.Key.Domain, erofs.MaxName, mountName(m.Bootstrap.Key))
 	case errors.Is(err, unix.EBUSY):
 		return fmt.Errorf("%w: another cache has this domain", err)
 	case errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.ENOTBLK), errors.Is(err, unix.ENOENT):

@@ -98,8 +98,8 @@ func (e *Engine) accept(m Message, anon *os.File) (fscache.Request, bool) {
 
 // acceptOpen takes the object's new descriptor. An object that is open has been dropped meanwhile: its old one goes.
 func (e *Engine) acceptOpen(m Message, anon *os.File) (fscache.Request, bool) {
-	k, ok := keyOf(m.Open)
 	e.mu.Lock()
+	k, ok := e.keyOf(m.Open)
 	o := e.objects[k]
 	if !ok || o == nil {
 		e.mu.Unlock()

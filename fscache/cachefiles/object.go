@@ -1,6 +1,8 @@
 package cachefiles
 
 import (
+	"crypto/sha256"
+	"encoding/base32"
 	"errors"
 	"fmt"
 	"os"
@@ -22,6 +24,19 @@ const (
 	maxDomain = 254 - len(volumePrefix)
 	maxID     = 252
 )
+
+// maxVolume is the longest domain that names its volume itself. EROFS calls a mount "<domain>,<fsid>" in sysfs and cuts that at
+// 36 bytes (fs/super.c, s_sysfs_name), and two mounts of one name there are EEXIST: this leaves 16 for the fsid.
+const maxVolume = 19
+
+// volumeOf is the domain as the kernel gets it: itself, or if it is too long a hash of it, which nothing else is named.
+func volumeOf(domain string) string {
+	if len(domain) <= maxVolume && !strings.HasPrefix(domain, "~") {
+		return domain
+	}
+	sum := sha256.Sum256([]byte(domain))
+	return "~" + base32.HexEncoding.EncodeToString(sum[:])[:maxVolume-1]
+}
 
 // printable says whether s has only printable ASCII, no blank, no slash (fscache refuses it in a volume key) and no comma
 // (it ends a mount option where mount options are shown).
@@ -55,10 +70,11 @@ func checkObject(o fscache.Object) error {
 	return nil
 }
 
-// keyOf returns the object an open request is about, or false if it is none that EROFS names.
-func keyOf(o OpenBody) (fscache.Key, bool) {
-	domain, ok := strings.CutPrefix(o.Volume, volumePrefix)
-	return fscache.Key{Domain: domain, ID: o.Cookie}, ok
+// keyOf returns the object an open request is about, or false if it is of no domain that was added. e.mu is held.
+func (e *Engine) keyOf(o OpenBody) (fscache.Key, bool) {
+	volume, _ := strings.CutPrefix(o.Volume, volumePrefix)
+	domain, ok := e.domains[volume]
+	return fscache.Key{Domain: domain, ID: o.Cookie}, ok && o.Volume == volumePrefix+volume
 }
 
 // check refuses writes outside the object, and those that are not of whole blocks.

@@ -212,7 +212,9 @@ func (r *rig) image(name string, blobs ...fscache.Object) fscache.Mount {
 	r.mu.Lock()
 	r.bootstraps[o.Key] = boot
 	r.mu.Unlock()
-	r.add(o)
+	if r.e.AsksForBootstrap() {
+		r.add(o)
+	}
 	return fscache.Mount{Dir: r.t.TempDir(), Bootstrap: o, BootstrapPath: path, Blobs: blobs}
 }
 

@@ -12,6 +12,9 @@ import (
 	"holdfast/fscache/internal/erofs"
 )
 
+// AsksForBootstrap implements fscache.Engine: reads of a bootstrap raise no event.
+func (e *Engine) AsksForBootstrap() bool { return false }
+
 // Mount implements fscache.Engine: it mounts the bootstrap's file itself, with each blob's cache file as a device. Reads
 // of the bootstrap raise no event, so its file must be complete; m.Bootstrap is not used.
 func (e *Engine) Mount(ctx context.Context, m fscache.Mount) error {

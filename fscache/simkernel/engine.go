@@ -190,6 +190,12 @@ func (e *Engine) Sync(k fscache.Key) error {
 	return e.with(k, func(*file) error { return nil })
 }
 
+// AsksForBootstrap implements fscache.Engine.
+func (e *Engine) AsksForBootstrap() bool {
+	_, ok := e.k.low.(*device)
+	return ok
+}
+
 // Mount implements fscache.Engine.
 func (e *Engine) Mount(ctx context.Context, m fscache.Mount) error {
 	e.k.mu.Lock()
@@ -197,7 +203,11 @@ func (e *Engine) Mount(ctx context.Context, m fscache.Mount) error {
 	if err := e.k.checkMountPoint(m.Dir); err != nil {
 		return err
 	}
-	for _, o := range append([]fscache.Object{m.Bootstrap}, m.Blobs...) {
+	objects := m.Blobs
+	if e.AsksForBootstrap() {
+		objects = append([]fscache.Object{m.Bootstrap}, m.Blobs...)
+	}
+	for _, o := range objects {
 		if _, err := e.file(o.Key); err != nil {
 			return fmt.Errorf("mounting on %s: %w", m.Dir, err)
 		}

@@ -3,6 +3,7 @@ package erofs
 import (
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"strings"
 
@@ -148,6 +149,18 @@ func complaints(fsfd int) string {
 		return ""
 	}
 	return " (" + strings.Join(said, "; ") + ")"
+}
+
+// MaxName is how much the kernel keeps of a mount's name in sysfs, in bytes (include/linux/fs.h, s_sysfs_name: UUID_STRING_LEN).
+const MaxName = 36
+
+// Lives says whether a mount with that name in sysfs exists, in whatever mount namespace (fs/erofs/sysfs.c).
+func Lives(name string) (bool, error) {
+	_, err := os.Lstat(filepath.Join("/sys/fs/erofs", name[:min(len(name), MaxName)]))
+	if errors.Is(err, os.ErrNotExist) {
+		return false, nil
+	}
+	return err == nil, err
 }
 
 // Unmount unmounts the image on dir, and nothing that is not EROFS. fscache.ErrBusy: files in it are open.
