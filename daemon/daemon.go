@@ -26,7 +26,7 @@ type Daemon struct {
 	state   *state.DB
 	boot    string // id of this boot
 	started time.Time
-	damaged []string // what state.Open set aside
+	damaged []string // what state.Open set aside, and what restore had to drop
 
 	*filler
 	objects *objects
@@ -113,9 +113,10 @@ func (d *Daemon) Run(ctx context.Context) error {
 // have named more mounts than are known.
 func (d *Daemon) Unused() bool { return d.mounts.empty() && len(d.damaged) == 0 }
 
-// close ends everything, in this order: no new requests, the requests in flight (EIO for those still there at the stop
+// close ends everything, in this order: what lingers and need not, no new requests, the requests in flight (EIO for those still there at the stop
 // timeout), what runs for no reader, the engine, the state.
 func (d *Daemon) close() error {
+	d.sweep()
 	err := d.pump.stop(d.opt.StopTimeout, func() {
 		d.log.Warn("requests in flight at the stop timeout get EIO", zap.Duration("timeout", d.opt.StopTimeout))
 		d.stop(errStopping)

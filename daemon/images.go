@@ -97,8 +97,8 @@ func imageSize(i *image.Image) (n int64) {
 	return n
 }
 
-// restore takes up the mounts on record that are still there, before any request is read, and drops the others from the
-// record. One whose image cannot be loaded stays on record and gets errors until that is mended and the daemon
+// restore takes up the mounts on record, before any request is read. One that is not seen here is let go if nothing
+// uses it, and lingers if something does, in another mount namespace perhaps; those of another boot are gone for certain. One whose image cannot be loaded stays on record and gets errors until that is mended and the daemon
 // restarted: dropping it would leave a mount that nobody knows of.
 func (d *Daemon) restore(ctx context.Context) error {
 	records, err := d.state.Mounts()
@@ -110,14 +110,14 @@ func (d *Daemon) restore(ctx context.Context) error {
 		return err
 	}
 	for _, r := range records {
+		m := &mount{record: r}
 		if points[r.Dir] != fsType {
-			d.log.Warn("mount on record is gone", zap.String("image", r.Ref), zap.String("dir", r.Dir), zap.String("found", points[r.Dir]))
-			if err := d.state.ForgetMount(r.ID); err != nil {
+			d.log.Warn("mount on record is not here", zap.String("image", r.Ref), zap.String("dir", r.Dir), zap.String("found", points[r.Dir]))
+			if err := d.restoreGone(ctx, m); err != nil {
 				return err
 			}
 			continue
 		}
-		m := &mount{record: r}
 		if err := d.mounts.reserve(m); err != nil {
 			return err
 		}
@@ -131,6 +131,23 @@ func (d *Daemon) restore(ctx context.Context) error {
 		}
 	}
 	return ctx.Err()
+}
+
+// restoreGone takes up a mount that is not seen in this mount namespace, and lets it go if it is nowhere else either.
+func (d *Daemon) restoreGone(ctx context.Context, m *mount) error {
+	if m.record.Boot != d.boot {
+		return d.state.ForgetMount(m.record.ID)
+	}
+	if err := d.resume(ctx, m); err != nil {
+		what := fmt.Sprintf("image %s was mounted on %s; whether it still is elsewhere cannot be told, and it is dropped from the record: %v", m.record.Ref, m.record.Dir, err)
+		d.log.Error("mount on record cannot be loaded", zap.String("what", what))
+		d.damaged = append(d.damaged, what)
+		if err := context.Cause(ctx); err != nil {
+			return err
+		}
+		return d.state.ForgetMount(m.record.ID)
+	}
+	return d.part(m, d.letGo(m))
 }
 
 // fsType is what every mount of holdfast's is.

@@ -146,8 +146,8 @@ func (m *mount) stopPrefetch() {
 // mount mounts an image. After an error nothing is left of the attempt but what was downloaded of the image's metadata.
 func (d *Daemon) mount(ctx context.Context, r MountRequest) (_ *mount, err error) {
 	m := &mount{record: state.Mount{
-		ID: "mount-" + strings.ToLower(rand.Text()), Ref: r.Image, Dir: r.Dir, Domain: cmp.Or(r.Domain, DefaultDomain),
-		Prefetch: d.opt.Prefetch, PrefetchBPS: d.opt.PrefetchBPS, Created: time.Now().UTC(),
+		ID: "m" + strings.ToLower(rand.Text()[:15]), Ref: r.Image, Dir: r.Dir, Domain: cmp.Or(r.Domain, DefaultDomain),
+		Prefetch: d.opt.Prefetch, PrefetchBPS: d.opt.PrefetchBPS, Boot: d.boot, Created: time.Now().UTC(),
 	}}
 	if r.Prefetch != nil {
 		m.record.Prefetch = *r.Prefetch
@@ -172,7 +172,7 @@ func (d *Daemon) mount(ctx context.Context, r MountRequest) (_ *mount, err error
 	if m.image, err = image.Open(ctx, r.Image, d.opt.Image); err != nil {
 		return nil, unusable(err)
 	}
-	undo.add(m.image.Close)
+	undo.add(func() error { return d.part(m, d.letGo(m)) })
 	if err := d.attach(ctx, m, &undo); err != nil {
 		return nil, err
 	}
@@ -201,8 +201,6 @@ func (d *Daemon) attach(ctx context.Context, m *mount, undo *undo) error {
 	if err := d.state.RecordMount(m.record, saved); err != nil {
 		return err
 	}
-	undo.add(func() error { return d.state.ForgetMount(m.record.ID) })
-	undo.add(func() error { return d.letGo(m) })
 	if err := d.holdAll(ctx, m, boot); err != nil {
 		return err
 	}
@@ -214,7 +212,9 @@ func (d *Daemon) attach(ctx context.Context, m *mount, undo *undo) error {
 
 // holdAll makes the objects of m ready.
 func (d *Daemon) holdAll(ctx context.Context, m *mount, boot *bootstrap) (err error) {
-	m.bootstrap, err = d.hold(ctx, fscache.Key{Domain: m.record.Domain, ID: m.record.ID}, boot.table, boot.source, &m.gate)
+	if d.engine.AsksForBootstrap() {
+		m.bootstrap, err = d.hold(ctx, fscache.Key{Domain: m.record.Domain, ID: m.record.ID}, boot.table, boot.source, &m.gate)
+	}
 	for _, b := range m.image.Blobs {
 		if err != nil {
 			return err
@@ -229,18 +229,23 @@ func (d *Daemon) holdAll(ctx context.Context, m *mount, boot *bootstrap) (err er
 
 // letGo ends m's holds, of which there may be any number. It comes once in a mount's life. What the kernel still uses is kept.
 func (d *Daemon) letGo(m *mount) error {
-	holds := slices.Clone(m.blobs)
+	var holds []*hold
 	if m.bootstrap != nil {
 		holds = append(holds, m.bootstrap)
 	}
-	return d.letGoHolds(m, holds)
+	return d.letGoHolds(m, append(holds, m.blobs...))
 }
 
+// letGoHolds begins with the bootstrap, if there is one: while that is used, so is the rest, even if the engine does not know.
 func (d *Daemon) letGoHolds(m *mount, holds []*hold) (err error) {
 	m.kept = nil
-	for _, h := range holds {
+	for i, h := range holds {
 		e := d.release(h)
 		if errors.Is(e, fscache.ErrBusy) {
+			if h == m.bootstrap {
+				m.kept = holds[i:]
+				return err
+			}
 			m.kept = append(m.kept, h)
 			continue
 		}
@@ -249,12 +254,14 @@ func (d *Daemon) letGoHolds(m *mount, holds []*hold) (err error) {
 	return err
 }
 
-// part ends what is left of a mount that was unmounted here, or lets it linger.
+// part ends what is left of a mount that was unmounted here, or lets it linger. It stays on record for as long as it lingers:
+// a daemon that did not know of it would deny its readers, and give up the lifeline that keeps them from reading zeros (I4).
+// ORDER: unmounted first, off the record last, so that a crash between leaves a record of nothing, which is dropped.
 func (d *Daemon) part(m *mount, err error) error {
 	if len(m.kept) == 0 {
-		return errors.Join(err, m.image.Close())
+		return errors.Join(err, m.image.Close(), d.state.ForgetMount(m.record.ID))
 	}
-	d.log.Warn("an unmounted image is still used, in another mount namespace perhaps; it is served on",
+	d.log.Info("an unmounted image is still used, in another mount namespace perhaps; it is served on",
 		zap.String("image", m.record.Ref), zap.String("dir", m.record.Dir), zap.Stringer("object", m.kept[0].o.key))
 	d.mounts.linger(m)
 	return err
@@ -270,10 +277,9 @@ func (d *Daemon) sweep() {
 }
 
 func (d *Daemon) engineMount(m *mount, boot *bootstrap) fscache.Mount {
-	em := fscache.Mount{
-		Dir:           m.record.Dir,
-		Bootstrap:     fscache.Object{Key: m.bootstrap.o.key, Size: m.bootstrap.o.size()},
-		BootstrapPath: boot.path,
+	em := fscache.Mount{Dir: m.record.Dir, BootstrapPath: boot.path}
+	if m.bootstrap != nil {
+		em.Bootstrap = fscache.Object{Key: m.bootstrap.o.key, Size: m.bootstrap.o.size()}
 	}
 	for _, h := range m.blobs {
 		em.Blobs = append(em.Blobs, fscache.Object{Key: h.o.key, Size: h.o.size()})
@@ -299,7 +305,6 @@ func (d *Daemon) startPrefetch(m *mount) {
 }
 
 // unmount unmounts what is mounted on dir and forgets it. While files in it are open it changes nothing.
-// ORDER: unmounted first, off the record last, so that a crash between leaves a record of nothing, which is dropped.
 func (d *Daemon) unmount(ctx context.Context, dir string) error {
 	m, err := d.mounts.take(filepath.Clean(dir))
 	if err != nil {
@@ -314,7 +319,7 @@ func (d *Daemon) unmount(ctx context.Context, dir string) error {
 		return unmountFailed(err)
 	}
 	m.stopPrefetch()
-	err = errors.Join(d.part(m, d.letGo(m)), d.state.ForgetMount(m.record.ID))
+	err = d.part(m, d.letGo(m))
 	d.mounts.drop(m)
 	d.sweep()
 	d.log.Info("unmounted", zap.String("image", m.record.Ref), zap.String("dir", m.record.Dir), zap.Error(err))

@@ -16,6 +16,7 @@ type Mount struct {
 	Bootstrap   string    `json:"bootstrap"` // SHA-256 of the bootstrap file, in hex
 	Prefetch    bool      `json:"prefetch"`
 	PrefetchBPS int64     `json:"prefetch_bps"` // bytes a second; 0: not limited
+	Boot        string    `json:"boot"`         // boot id: no mount outlives its boot
 	Created     time.Time `json:"created"`
 }
 
