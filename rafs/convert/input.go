@@ -9,6 +9,8 @@ import (
 	"strings"
 
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"holdfast/rafs/source"
 )
 
 // An inputImage is an image of the source: one platform's.
@@ -42,13 +44,13 @@ func dirImage(path string) (inputImage, error) {
 }
 
 func tarImage(path string) (inputImage, error) {
-	f, size, err := openRegular(path)
+	f, info, err := source.OpenRegular(path)
 	if err != nil {
 		return inputImage{}, err
 	}
 	f.Close()
-	return single(inputLayer{size: size, read: func(ctx context.Context, r *layerReader) error {
-		f, _, err := openRegular(path)
+	return single(inputLayer{size: info.Size(), read: func(ctx context.Context, r *layerReader) error {
+		f, _, err := source.OpenRegular(path)
 		if err != nil {
 			return err
 		}

@@ -24,32 +24,37 @@ func NewFile(path string, size int64) *File { return &File{path: path, size: siz
 
 // OpenFile opens the blob in the file path, whatever its size.
 func OpenFile(path string) (*File, error) {
-	f, fi, err := open(path)
+	f, fi, err := OpenRegular(path)
 	if err != nil {
 		return nil, err
 	}
 	return &File{path: path, size: fi.Size(), f: f}, nil
 }
 
-func open(path string) (*os.File, os.FileInfo, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, nil, Permanent(fmt.Errorf("open blob: %w", err))
-	}
-	fi, err := f.Stat()
+// OpenRegular opens a regular file for reading; errors are permanent. What else path may be is not opened: that of a FIFO would
+// wait for a writer.
+func OpenRegular(path string) (*os.File, os.FileInfo, error) {
+	fi, err := os.Stat(path)
 	if err == nil && !fi.Mode().IsRegular() {
 		err = fmt.Errorf("%s is not a regular file", path)
 	}
 	if err != nil {
+		return nil, nil, Permanent(fmt.Errorf("open file: %w", err))
+	}
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, nil, Permanent(fmt.Errorf("open file: %w", err))
+	}
+	if fi, err = f.Stat(); err != nil {
 		f.Close()
-		return nil, nil, Permanent(fmt.Errorf("open blob: %w", err))
+		return nil, nil, Permanent(fmt.Errorf("open file: %w", err))
 	}
 	return f, fi, nil
 }
 
 // ReadFile reads a regular file of at most limit bytes. Errors are permanent; that about a larger one wraps [ErrTooLarge].
 func ReadFile(path string, limit int64) ([]byte, error) {
-	f, fi, err := open(path)
+	f, fi, err := OpenRegular(path)
 	if err != nil {
 		return nil, err
 	}
@@ -80,7 +85,7 @@ func (s *File) file() (*os.File, error) {
 	if s.f != nil {
 		return s.f, nil
 	}
-	f, fi, err := open(s.path)
+	f, fi, err := OpenRegular(s.path)
 	if err != nil {
 		return nil, err
 	}
