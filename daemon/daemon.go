@@ -152,7 +152,12 @@ func (d *Daemon) read(o *object, r fscache.Request, t *turn) {
 		d.answer(r, fscache.EIO)
 		return
 	}
-	err := d.fill(d.base, o, o.span(r.Off, r.Len), reader{turn: t, ready: func() {
+	want := o.span(r.Off, r.Len)
+	if e, ok := o.denials.again(r, time.Now()); ok && !o.has(want) {
+		d.answer(r, e)
+		return
+	}
+	err := d.fill(d.base, o, want, reader{turn: t, ready: func() {
 		d.answer(r, fscache.OK)
 		n := max(0, min(r.Len, o.size()-r.Off))
 		o.served.Add(n)
@@ -160,6 +165,7 @@ func (d *Daemon) read(o *object, r fscache.Request, t *turn) {
 	}})
 	if err != nil {
 		d.count.refused.Add(1)
+		o.denials.note(r, errno(err), time.Now())
 		d.answer(r, errno(err))
 		d.log.Error("reader gets an error", zap.Stringer("object", r.Object), zap.Int64("offset", r.Off), zap.Int64("length", r.Len),
 			zap.Uint64("request", r.ID), zap.Error(err))

@@ -24,6 +24,8 @@ type object struct {
 
 	completing sync.WaitGroup // finish calls under way; only fetches and settling start one
 
+	denials denials
+
 	fetched atomic.Int64 // bytes the sources gave
 	served  atomic.Int64 // bytes of requests answered OK
 
