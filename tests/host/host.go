@@ -135,8 +135,10 @@ func (h *Host) Run(args ...string) (string, error) {
 
 // Status is the part of `holdfast status --json` that tests look at.
 type Status struct {
-	PID    int     `json:"pid"`
-	Mounts []Mount `json:"mounts"`
+	PID     int     `json:"pid"`
+	Engine  string  `json:"engine"`
+	Pending int     `json:"pending"`
+	Mounts  []Mount `json:"mounts"`
 }
 
 // A Mount is an image on a directory.
