@@ -84,6 +84,12 @@ func TestBadRequestsAreRefusedByName(t *testing.T) {
 		{"negative limit", "POST", "/v1/mounts", `{"image":"oci:/x","dir":"` + dir + `","prefetch_bps":-1}`, 400, CodeInvalid, "negative"},
 		{"image that is not there", "POST", "/v1/mounts", `{"image":"oci:` + dir + `/none:x","dir":"` + dir + `"}`, 422, CodeImage, "none"},
 		{"image of no kind", "POST", "/v1/mounts", `{"image":"ftp:x","dir":"` + dir + `"}`, 422, CodeImage, "ftp"},
+		{"NUL in the image", "POST", "/v1/mounts", `{"image":"oci:/x\u0000y","dir":"` + dir + `"}`, 422, CodeImage, "invalid argument"},
+		{"NUL in the directory", "POST", "/v1/mounts", `{"image":"oci:/x","dir":"/tmp\u0000"}`, 400, CodeInvalid, "invalid argument"},
+		{"NUL in the domain", "POST", "/v1/mounts", `{"image":"oci:/x","dir":"` + dir + `","domain":"a\u0000"}`, 400, CodeInvalid, `a\x00`},
+		{"line break in the domain", "POST", "/v1/mounts", `{"image":"oci:/x","dir":"` + dir + `","domain":"a\n"}`, 400, CodeInvalid, `a\n`},
+		{"field in other case", "POST", "/v1/mounts", `{"image":"oci:/x","Dir":"y"}`, 400, CodeInvalid, "absolute"},
+		{"registry that is not there", "POST", "/v1/mounts", `{"image":"docker://127.0.0.1:1/x:1","dir":"` + dir + `"}`, 502, CodeSource, "try again later"},
 		{"no directory to unmount", "DELETE", "/v1/mounts", "", 400, CodeInvalid, "dir"},
 		{"two directories to unmount", "DELETE", "/v1/mounts?dir=/a&dir=/b", "", 400, CodeInvalid, "2"},
 		{"parameter of unmount", "DELETE", "/v1/mounts?dir=/a&force=1", "", 400, CodeInvalid, "force"},
@@ -133,6 +139,36 @@ func TestFailedMountLeavesNothing(t *testing.T) {
 	wantCode(t, err, CodeConflict, "is mounted there")
 	if err := c.Umount(t.Context(), dir); err != nil {
 		t.Error(err)
+	}
+}
+
+// TestFailedMountThatTheKernelHasNotLetGoHarmsNoLaterOne is about the moment in which the kernel still has the objects of a mount
+// that it refused: they stay with a source that works, and go when they can.
+func TestFailedMountThatTheKernelHasNotLetGoHarmsNoLaterOne(t *testing.T) {
+	d, c := serve(t)
+	tree, _ := makeTree(t, 6)
+	ref := makeImage(t, tree, convert.Options{})
+	e := d.engine.(*engine)
+	e.mountError, e.busy = unix.EUCLEAN, true
+	dir := t.TempDir()
+	_, err := c.Mount(t.Context(), MountRequest{Image: ref, Dir: dir})
+	wantCode(t, err, CodeInternal, "structure needs cleaning")
+	e.mountError = nil
+	off := false
+	if _, err := c.Mount(t.Context(), MountRequest{Image: ref, Dir: dir, Prefetch: &off}); err != nil {
+		t.Fatal(err)
+	}
+	for _, o := range d.objects.all() {
+		if err := d.fill(t.Context(), o, span{0, 1}, reader{ready: func() {}}); err != nil {
+			t.Errorf("read of %s after a failed mount of the same image: %v", o.key, err)
+		}
+	}
+	e.busy = false
+	if err := c.Umount(t.Context(), dir); err != nil {
+		t.Error(err)
+	}
+	if !d.mounts.empty() || len(d.objects.all()) != 0 {
+		t.Errorf("%d objects are left", len(d.objects.all()))
 	}
 }
 

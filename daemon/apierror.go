@@ -62,11 +62,10 @@ func conflict(hint, format string, args ...any) error {
 
 // unusable is an image that cannot be opened: for good, or because its source fails now.
 func unusable(err error) error {
-	var status *source.StatusError
 	switch {
 	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
 		return err
-	case errors.As(err, &status) && !source.IsPermanent(err), errors.Is(err, source.ErrStalled):
+	case !source.IsPermanent(err):
 		return newError(http.StatusBadGateway, CodeSource, "try again later", "%w", []any{err})
 	}
 	return newError(http.StatusUnprocessableEntity, CodeImage, "", "%w", []any{err})

@@ -5,6 +5,7 @@ import (
 	"fmt"
 
 	"holdfast/handover"
+	"holdfast/rafs/convert"
 	"holdfast/state"
 )
 
@@ -48,9 +49,12 @@ func named(who string, err error) error {
 func exitCode(err error) int {
 	var e *exitError
 	var locked *handover.LockedError
+	var options *convert.OptionsError
 	switch {
 	case errors.As(err, &e):
 		return e.code
+	case errors.As(err, &options):
+		return exitUsage
 	case errors.As(err, &locked), errors.Is(err, state.ErrLocked):
 		return exitInstance
 	case errors.Is(err, state.ErrNewer):

@@ -22,13 +22,26 @@ func checkCommand() *cli.Command {
 	}
 }
 
+// imageArgument returns the first of the named arguments, which is the reference of an image, with absolute paths.
+func imageArgument(c *cli.Context, names ...string) (string, error) {
+	args, err := arguments(c, names...)
+	if err != nil {
+		return "", err
+	}
+	ref, err := image.ParseReference(args[0])
+	if err != nil {
+		return "", &exitError{exitUsage, err}
+	}
+	return ref.String(), nil
+}
+
 func check(c *cli.Context) error {
-	args, err := arguments(c, "IMAGE")
+	ref, err := imageArgument(c, "IMAGE")
 	if err != nil {
 		return err
 	}
 	meter := newMeter(os.Stderr)
-	report, err := image.Check(c.Context, args[0], image.Options{}, meter.checking)
+	report, err := image.Check(c.Context, ref, image.Options{}, meter.checking)
 	meter.finish()
 	if report == nil {
 		return err
@@ -64,14 +77,14 @@ func inspectCommand() *cli.Command {
 }
 
 func inspect(c *cli.Context) error {
-	args, err := arguments(c, "IMAGE")
+	ref, err := imageArgument(c, "IMAGE")
 	if err != nil {
 		return err
 	}
 	if c.Bool("chunks") && !c.Bool("json") {
 		return usagef("--chunks needs --json")
 	}
-	d, err := image.Inspect(c.Context, args[0], image.Options{}, c.Bool("chunks"))
+	d, err := image.Inspect(c.Context, ref, image.Options{}, c.Bool("chunks"))
 	switch {
 	case err != nil:
 		return err

@@ -7,7 +7,6 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"holdfast/daemon"
-	"holdfast/rafs/image"
 )
 
 func mountCommand() *cli.Command {
@@ -25,16 +24,12 @@ func mountCommand() *cli.Command {
 }
 
 func mount(c *cli.Context) error {
-	args, err := arguments(c, "IMAGE", "DIR")
+	ref, err := imageArgument(c, "IMAGE", "DIR")
 	if err != nil {
 		return err
 	}
-	ref, err := image.ParseReference(args[0])
-	if err != nil {
-		return &exitError{exitUsage, err}
-	}
-	r := daemon.MountRequest{Image: ref.String(), Domain: c.String("domain")}
-	if r.Dir, err = filepath.Abs(args[1]); err != nil {
+	r := daemon.MountRequest{Image: ref, Domain: c.String("domain")}
+	if r.Dir, err = filepath.Abs(c.Args().Get(1)); err != nil {
 		return err
 	}
 	if c.IsSet("prefetch") {

@@ -49,13 +49,21 @@ type ImageResult struct {
 	SkippedXattrs int // extended attributes in name spaces that EROFS has no room for, left out
 }
 
+// An OptionsError is about [Options] that make no sense: nothing was read or written.
+type OptionsError struct{ err error }
+
+func (e *OptionsError) Error() string { return e.err.Error() }
+
+// Unwrap returns the cause.
+func (e *OptionsError) Unwrap() error { return e.err }
+
 // Run converts an image. It returns once the image is stored under its tag; when it fails or ctx is cancelled, what the
 // tag stood for before is untouched and temporary files are gone. Blobs that were stored before the failure may stay, as
 // they may be other images' too.
 func Run(ctx context.Context, o Options) (_ *Result, err error) {
 	c, err := newConversion(o)
 	if err != nil {
-		return nil, err
+		return nil, &OptionsError{err}
 	}
 	defer func() {
 		if err != nil {

@@ -127,8 +127,11 @@ func (i *Image) openManifest(ctx context.Context, s *oci.Store) (map[string]ocis
 // readBootstrap reads what a mount needs to know of the bootstrap.
 func (i *Image) readBootstrap() (*bootstrap.Summary, error) {
 	s, err := bootstrap.ReadBlobs(bytes.NewReader(i.Bootstrap), int64(len(i.Bootstrap)), i.Ref)
-	if err != nil {
-		return nil, source.Permanent(err)
+	switch {
+	case errors.Is(err, bootstrap.ErrUnsupported):
+		return nil, source.Permanent(fmt.Errorf("%w: make another image from the original one with: holdfast convert", err))
+	case err != nil:
+		return nil, source.Permanent(fmt.Errorf("%w: fetch or convert the image again", err))
 	}
 	i.prefetch = s.Prefetch
 	return s, nil
