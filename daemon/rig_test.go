@@ -69,6 +69,7 @@ type engine struct {
 	*simkernel.Engine
 
 	mountError error // what Mount fails with, instead
+	busy       bool  // Remove fails with ErrBusy
 
 	mu       sync.Mutex
 	asked    map[uint64]time.Time // when Next returned a request, by token
@@ -111,6 +112,13 @@ func (e *engine) Mount(ctx context.Context, m fscache.Mount) error {
 		return e.mountError
 	}
 	return e.Engine.Mount(ctx, m)
+}
+
+func (e *engine) Remove(k fscache.Key) error {
+	if e.busy {
+		return fmt.Errorf("object %s: %w", k, fscache.ErrBusy)
+	}
+	return e.Engine.Remove(k)
 }
 
 // reads returns the answers to reads of an object so far and forgets them.
