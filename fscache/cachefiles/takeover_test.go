@@ -2,6 +2,7 @@ package cachefiles
 
 import (
 	"bufio"
+	"context"
 	"fmt"
 	"os"
 	"os/exec"
@@ -61,7 +62,9 @@ func victim(holds, dir string) error {
 	}
 	fmt.Println("ready")
 	for _, o := range []fscache.Object{im.boot, im.blob} {
-		e.objects[o.Key] = &object{key: o.Key, size: o.Size}
+		if err := e.Add(context.Background(), o); err != nil {
+			return err
+		}
 	}
 	for {
 		r, err := e.Next()
