@@ -97,7 +97,7 @@ func serve(c *cli.Context) error {
 	if err := attachEngine(c, &options, inherited, store); err != nil {
 		return err
 	}
-	return serveEngine(c.Context, options, store)
+	return serveEngine(c.Context, options, store, inherited[options.Engine.Name()] == nil)
 }
 
 func serveOptions(c *cli.Context, log *zap.Logger) (o daemon.Options, err error) {
@@ -140,18 +140,23 @@ func attachEngine(c *cli.Context, o *daemon.Options, inherited map[string]*os.Fi
 	return nil
 }
 
-// serveEngine runs the daemon. At its end the supervisor keeps the lifeline, unless nothing that needs it is mounted.
-func serveEngine(ctx context.Context, o daemon.Options, store *handover.Store) error {
+// serveEngine runs the daemon. At its end the supervisor keeps the lifeline, unless nothing that needs it is mounted: for certain
+// after a good end, or where the lifeline is fresh, this process's own. (A keeper that held one for nothing would not end.)
+func serveEngine(ctx context.Context, o daemon.Options, store *handover.Store, fresh bool) error {
 	name, _ := o.Engine.Lifeline()
 	o.Ready = func() { tell(o.Log, store, "READY=1") }
 	d, err := daemon.New(o)
 	if err != nil {
-		return errors.Join(err, o.Engine.Close())
+		err = errors.Join(err, o.Engine.Close())
+		if fresh {
+			err = errors.Join(err, store.Remove(name))
+		}
+		return err
 	}
 	err = d.Run(ctx)
 	tell(o.Log, store, "STOPPING=1")
-	if err == nil && d.Unused() {
-		err = store.Remove(name)
+	if d.Unused() && (err == nil || fresh) {
+		err = errors.Join(err, store.Remove(name))
 	}
 	return err
 }

@@ -3,6 +3,7 @@ package e2e
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"crypto/sha256"
 	"errors"
 	"fmt"
@@ -244,4 +245,25 @@ func TestMountThatLivesOnInAnotherNamespaceIsServedByEverySuccessor(t *testing.T
 	want("f3")
 	ns.end()
 	h.signalKeeper(unix.SIGTERM) // nothing is mounted any more: newHost's cleanup sees it end
+}
+
+func TestSecondDaemonOnOneRootEndsWithItsKeeper(t *testing.T) {
+	h := newHost(t)
+	tarball := filepath.Join(h.Dir, "small.tar")
+	m := bigFiles(1)
+	m.writeTar(t, tarball)
+	image := "oci:" + filepath.Join(h.Dir, "image") + ":small"
+	h.must("convert", "tar:"+tarball, image)
+	mnt := h.mount(image, "--prefetch=off")
+	global := func(run string) []string {
+		return []string{"--root", filepath.Join(h.Dir, "root"), "--run", filepath.Join(h.Dir, run)}
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	args := append(append(global("run2"), "keep", "--", bin), append(global("run2"), "serve", "--engine", h.engine())...)
+	out, err := exec.CommandContext(ctx, bin, args...).CombinedOutput()
+	if ctx.Err() != nil || err == nil || !bytes.Contains(out, []byte("another")) {
+		t.Errorf("a second keeper and daemon on one root: %v, %v, %s; want an end, and an error about the other one", ctx.Err(), err, out)
+	}
+	m.compare(t, mnt)
 }
