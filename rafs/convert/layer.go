@@ -10,11 +10,14 @@ import (
 	"holdfast/rafs/tree"
 )
 
-// maxTreeMemory bounds what the entries of one layer may take in memory, in bytes: about eight million files.
+// maxTreeMemory bounds what the entries of one layer may take in memory, in bytes: about four million files.
 const maxTreeMemory = 4 << 30
 
-// entryMemory is what an entry takes without its strings: node, inode, map slots, the tar header read for it.
-const entryMemory = 512
+// What an entry takes without its strings until its image is written (measured): node, inode, map slots, and a directory's map.
+const (
+	entryMemory     = 1 << 10
+	directoryMemory = 5 << 9
+)
 
 // Errors about entries; the errors that wrap them name the entry.
 var (
@@ -106,7 +109,7 @@ func (l *layer) parent(p string) (*tree.Node, string, error) {
 		}
 		c := dir.Child(name)
 		if c == nil || !c.Inode.IsDir() {
-			if err := l.account(entryMemory + len(name)); err != nil {
+			if err := l.account(directoryMemory + len(name)); err != nil {
 				return nil, "", err
 			}
 			c = &tree.Node{Name: name, Inode: &tree.Inode{Mode: tree.ModeDir | 0o755}}
@@ -156,20 +159,35 @@ func lookup(root *tree.Node, p string) *tree.Node {
 	return n
 }
 
-// finish resolves the hard links that came before their targets.
+// finish resolves the hard links that came before their targets, each once: a target may be another of them.
 func (l *layer) finish() error {
-	for len(l.waiting) > 0 {
-		again := l.waiting
-		l.waiting = nil
-		for _, h := range again {
-			if err := l.link(h.path, h.target); err != nil {
-				return fmt.Errorf("entry %.256q: %w", h.path, err)
-			}
+	waiting := l.waiting
+	l.waiting = nil
+	var ready []hardLink
+	after := make(map[string][]hardLink) // by the target that is not there yet
+	for _, h := range waiting {
+		if l.find(h.target) == nil {
+			after[h.target] = append(after[h.target], h)
+		} else {
+			ready = append(ready, h)
 		}
-		if len(l.waiting) == len(again) {
-			h := again[0]
-			return fmt.Errorf("entry %.256q: %w: its target %.256q is neither in this layer nor in one below", h.path, ErrLink, h.target)
+	}
+	for len(ready) > 0 {
+		h := ready[0]
+		if err := l.link(h.path, h.target); err != nil {
+			return fmt.Errorf("entry %.256q: %w", h.path, err)
 		}
+		ready = append(ready[1:], after[h.path]...)
+		delete(after, h.path)
+	}
+	for _, h := range waiting {
+		if after[h.target] != nil {
+			l.waiting = append(l.waiting, h)
+		}
+	}
+	if len(l.waiting) > 0 { // also where another link has taken a target's place away
+		h := l.waiting[0]
+		return fmt.Errorf("entry %.256q: %w: its target %.256q is neither in this layer nor in one below", h.path, ErrLink, h.target)
 	}
 	return nil
 }

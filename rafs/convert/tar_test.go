@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -259,6 +260,30 @@ func TestBadTarsAreRefused(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			wantError(t, tarError(t, c.tar), c.is, append(c.texts, "x.tar")...)
 		})
+	}
+}
+
+// However many links come before what they lead to, each is looked at once: going over all of them again for each one found would
+// take this test's time out.
+func TestLongChainOfLinksBeforeTheirTargets(t *testing.T) {
+	const n = 200_000
+	l := newLayer(nil)
+	for i := range n {
+		if err := l.link(strconv.Itoa(i), strconv.Itoa(i+1)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	target := &tree.Inode{Mode: tree.ModeFile}
+	if err := l.put(strconv.Itoa(n), target); err != nil {
+		t.Fatal(err)
+	}
+	if err := l.finish(); err != nil {
+		t.Fatal(err)
+	}
+	for i := range n {
+		if l.find(strconv.Itoa(i)) != target {
+			t.Fatalf("link %d leads elsewhere", i)
+		}
 	}
 }
 
