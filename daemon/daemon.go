@@ -135,6 +135,7 @@ func (d *Daemon) serve(r fscache.Request, t *turn) {
 		d.log.Error("request for an object of no mounted image", zap.Stringer("op", r.Op), zap.Stringer("object", r.Object), zap.Uint64("request", r.ID))
 		d.answer(r, fscache.EIO)
 	case r.Op == fscache.OpRead:
+		o.once.Do(func() { close(o.asked) })
 		d.read(o, r, t)
 	case r.Op == fscache.OpOpen:
 		d.opened(o, r)

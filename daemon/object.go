@@ -25,6 +25,8 @@ type object struct {
 	completing sync.WaitGroup // finish calls under way; only fetches and settling start one
 
 	denials denials
+	asked   chan struct{} // closed when the kernel first asks for something of the object: from then on it can be written to
+	once    sync.Once     // closes asked
 
 	fetched atomic.Int64 // bytes the sources gave
 	served  atomic.Int64 // bytes of requests answered OK
@@ -61,6 +63,7 @@ type waiter struct {
 func newObject(key fscache.Key, table *rafs.Table, print string, slots int) *object {
 	return &object{
 		key: key, table: table, print: print, slots: make(chan struct{}, slots),
+		asked:   make(chan struct{}),
 		present: newBitset(table.Len()), flying: newBitset(table.Len()), missing: table.Len(),
 	}
 }

@@ -3,6 +3,7 @@ package daemon
 import (
 	"context"
 	"errors"
+	"sync"
 
 	"go.uber.org/zap"
 	"golang.org/x/time/rate"
@@ -34,19 +35,43 @@ func newPrefetch(f *filler, g *gate, bps int64) *prefetch {
 	return p
 }
 
-// run prefetches plan; objects are the image's, by blob.
+// run prefetches plan; objects are the image's, by blob. What cannot be written to comes when a reader has opened it: after a
+// takeover that is everything.
 func (p *prefetch) run(ctx context.Context, plan []image.Range, objects []*object) {
+	closed := map[*object][]image.Range{}
+	p.pass(ctx, plan, objects, closed)
+	var wg sync.WaitGroup
+	for o, plan := range closed {
+		wg.Go(func() {
+			select {
+			case <-o.asked:
+				p.pass(ctx, plan, objects, nil)
+			case <-ctx.Done():
+			}
+		})
+	}
+	wg.Wait()
+}
+
+// pass prefetches plan, and puts what of it is of objects that are not open into closed, unless that is nil.
+func (p *prefetch) pass(ctx context.Context, plan []image.Range, objects []*object, closed map[*object][]image.Range) {
 	lost := map[*object]bool{} // permanently failing: no use going on with these
 	for _, r := range plan {
 		if r.Blob < 0 || r.Blob >= len(objects) || lost[objects[r.Blob]] {
 			continue
 		}
 		o := objects[r.Blob]
+		if closed[o] != nil {
+			closed[o] = append(closed[o], r)
+			continue
+		}
 		first, last := o.table.Range(r.Off, r.Len)
 		err := p.bring(ctx, o, span{first, last})
 		switch {
 		case ctx.Err() != nil:
 			return
+		case errors.Is(err, fscache.ErrNotOpen) && closed != nil:
+			closed[o] = append(closed[o], r)
 		case errors.Is(err, fscache.ErrNoSpace):
 			p.log.Warn("prefetch stops: no space left in the cache", zap.Error(err))
 			return
@@ -68,7 +93,6 @@ func (p *prefetch) bring(ctx context.Context, o *object, s span) error {
 			if wrongBytes(err) {
 				mismatches++
 			}
-			// An object that is not open cannot be written to before a reader comes, who then gets it filled.
 			if err != nil && (ctx.Err() != nil || hopeless(err, mismatches) || errors.Is(err, fscache.ErrNotOpen)) {
 				return err
 			}

@@ -267,3 +267,25 @@ func TestSecondDaemonOnOneRootEndsWithItsKeeper(t *testing.T) {
 	}
 	m.compare(t, mnt)
 }
+
+func TestPrefetchGoesOnAfterTheDaemonWasKilled(t *testing.T) {
+	h := newHost(t)
+	_, image, m := counted(t, h, link.Config{Rate: 4 << 20}, 8)
+	mnt := h.mount(image, "--prefetch=on")
+	fetched := func() bool {
+		s, err := h.Status()
+		return err == nil && s.Fetched > 0
+	}
+	h.until("something is fetched", fetched)
+	h.kill()
+	if h.engine() == "fanotify" { // where it cannot be written down before a reader comes
+		h.until("something is fetched by the new daemon", fetched)
+	}
+	if got, err := readFile(filepath.Join(mnt, "f0")); err != nil || !bytes.Equal(got, m["f0"].content) {
+		t.Errorf("read after the daemon was killed: %v, or wrong bytes", err)
+	}
+	h.until("the image is complete", func() bool {
+		s, err := h.Status()
+		return err == nil && len(s.Mounts) == 1 && s.Mounts[0].Complete
+	})
+}

@@ -138,6 +138,7 @@ type Status struct {
 	PID     int     `json:"pid"`
 	Engine  string  `json:"engine"`
 	Pending int     `json:"pending"`
+	Fetched int64   `json:"fetched"` // bytes
 	Mounts  []Mount `json:"mounts"`
 }
 
