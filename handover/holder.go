@@ -221,6 +221,9 @@ func parseControl(oob []byte) (fds []int, from *unix.Ucred, err error) {
 			}
 			fds = append(fds, got...)
 		case unix.SCM_CREDENTIALS:
+			if len(m.Data) != unix.SizeofUcred { // ParseUnixCredentials panics where there is nothing
+				return fds, from, fmt.Errorf("control message: %d bytes of credentials", len(m.Data))
+			}
 			if from, err = unix.ParseUnixCredentials(m); err != nil {
 				return fds, from, fmt.Errorf("control message: %w", err)
 			}
