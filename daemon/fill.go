@@ -199,7 +199,8 @@ func (f *filler) blame(o *object, began time.Time, s span, err error) {
 	}
 	f.count.failures.Add(1)
 	if !hopeless(err, 0) {
-		o.failed(began, min(retryAfter(err), f.deadline))
+		// A quarter of the deadline: whoever reads anew has attempts of its own made, however long the source has been down.
+		o.failed(began, min(retryAfter(err), f.deadline), f.deadline/4)
 	}
 	f.log.Warn("fetch failed", zap.Stringer("object", o.key), zap.Uint64("offset", o.table.At(s.first).Offset),
 		zap.Error(err))

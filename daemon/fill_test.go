@@ -99,6 +99,26 @@ func TestUnreachableSourceGivesEIOAtTheDeadlineAndTheNextReadTriesAgain(t *testi
 	})
 }
 
+// However long a source has been down, who reads anew is not turned away because of what others met.
+func TestReaderWhoComesAfterALongOutageHasItsOwnAttempts(t *testing.T) {
+	eachMode(t, func(t *testing.T, mode simkernel.Mode) {
+		r := newRig(t, mode, func(o *Options) { o.ReadDeadline = 2 * time.Second })
+		defer r.close()
+		b := newBlob("aa", 1, rafs.CodecNone, mib)
+		defer r.mount(nil, b)()
+		b.setBefore(failing(errors.New("connection refused")))
+		for range 10 {
+			asked := len(b.asked())
+			r.wantError(b, 0, 4*kib)
+			if len(b.asked()) == asked {
+				t.Fatal("a reader was told EIO and nobody had asked the source")
+			}
+		}
+		b.setBefore(nil)
+		r.wantOK(b, 0, 4*kib)
+	})
+}
+
 func TestManyReadersOfADeadSourceAskNoMoreOftenThanItsSlots(t *testing.T) {
 	eachMode(t, func(t *testing.T, mode simkernel.Mode) {
 		r := newRig(t, mode, func(o *Options) { o.ReadDeadline = time.Minute })

@@ -253,11 +253,12 @@ func (o *object) reset() (epoch int) {
 	return o.epoch
 }
 
-// failed notes that a fetch begun at began failed, and how long the source is to be left alone at least.
-func (o *object) failed(began time.Time, atLeast time.Duration) {
+// failed notes that a fetch begun at began failed, and how long the source is to be left alone: atLeast if it asked for that,
+// otherwise atMost.
+func (o *object) failed(began time.Time, atLeast, atMost time.Duration) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	o.backoff.failed(began, time.Now(), atLeast)
+	o.backoff.failed(began, time.Now(), atLeast, atMost)
 }
 
 // attach adds a source. It returns the use, to be given to detach.

@@ -38,15 +38,16 @@ type backoff struct {
 
 func (b *backoff) reset() { *b = backoff{} }
 
-// failed counts a failure at now of an attempt begun at began. Attempts that were under way together count once.
-func (b *backoff) failed(began, now time.Time, atLeast time.Duration) {
+// failed counts a failure at now of an attempt begun at began. Attempts that were under way together count once. The pause
+// is atLeast, which the source asked for, or else atMost.
+func (b *backoff) failed(began, now time.Time, atLeast, atMost time.Duration) {
 	if b.n == 0 || began.After(b.last) {
 		b.n++
 	}
 	b.last = now
-	d := maxBackoff
+	d := min(maxBackoff, atMost)
 	if b.n < 8 {
-		d = min(maxBackoff, minBackoff<<(b.n-1))
+		d = min(d, minBackoff<<(b.n-1))
 	}
 	d = max(d/2+rand.N(d/2+1), atLeast) // jitter: half to all of it
 	if t := now.Add(d); t.After(b.until) {

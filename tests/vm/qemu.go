@@ -101,6 +101,9 @@ func startQEMU(ctx context.Context, m machine) (*qemu, error) {
 		}
 		if err := cmd.Wait(); err != nil {
 			q.err = fmt.Errorf("QEMU: %w: %s", err, tail(messages.String(), 10))
+			if status, ok := cmd.ProcessState.Sys().(syscall.WaitStatus); ok && status.Signaled() && status.Signal() != syscall.SIGKILL {
+				q.err = errors.Join(errCrashed, q.err)
+			}
 		}
 	}()
 	if err := <-started; err != nil {
@@ -109,6 +112,9 @@ func startQEMU(ctx context.Context, m machine) (*qemu, error) {
 	}
 	return q, nil
 }
+
+// errCrashed means that the emulator died of a signal that nobody here sent.
+var errCrashed = errors.New("the emulator crashed")
 
 // makeDisk creates a sparse file of size bytes holding an empty ext4 file system, under its final name only when it is whole.
 func makeDisk(ctx context.Context, path string, size int64) error {

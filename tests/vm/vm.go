@@ -56,6 +56,8 @@ type Config struct {
 	Timeout             time.Duration // of the whole run, boot included; 0: none
 	KernelLog           string        // file for the kernel's log; empty: a temporary one, kept if the run fails
 	AllowKernelWarnings bool          // do not fail on warnings in the kernel's log
+
+	begun bool // the command was handed to the guest
 }
 
 // Run boots the machine, runs the command and powers off. It returns the command's exit code (128+n if signal n ended it), or an
@@ -177,6 +179,21 @@ func (cfg *Config) boot(ctx context.Context) (int, error) {
 	if err := writeInitramfs(ctx, m.initramfs); err != nil {
 		return 0, err
 	}
+	for try := 1; ; try++ {
+		code, err := cfg.once(ctx, m)
+		if !errors.Is(err, errCrashed) || try == maxTries || cfg.begun && (cfg.Disk != "" || len(cfg.Shares) > 0) {
+			return code, err
+		}
+		fmt.Fprintln(cfg.Stderr, "vm: starting again, for the command can have changed nothing:", err)
+	}
+}
+
+// maxTries is how often a machine is started whose emulator crashes: QEMU 7.2 does when it emulates several processors, about once
+// in a hundred boots of a loaded host.
+const maxTries = 3
+
+// once boots m and has the command run in it.
+func (cfg *Config) once(ctx context.Context, m machine) (int, error) {
 	ctx, kill := context.WithCancel(ctx)
 	defer kill()
 	q, err := startQEMU(ctx, m)
@@ -213,6 +230,7 @@ func (cfg *Config) converse(q *qemu, t wire.Task) (int, error) {
 		}
 		switch kind {
 		case wire.Hello:
+			cfg.begun = true
 			err = wire.Write(q.port, wire.Job, task)
 		case wire.Stdout:
 			_, err = cfg.Stdout.Write(payload)
