@@ -29,7 +29,7 @@ test: deps lint vm
 	CGO_ENABLED=1 HOLDFAST_BIN=$(CURDIR)/bin/holdfast $(GO) test -race -timeout 20m ./...
 
 deps:
-	$(GO) run ./tests/deps gcc libc6-dev erofs-utils e2fsprogs zstd xz-utils
+	$(GO) run ./tests/deps gcc libc6-dev erofs-utils e2fsprogs xfsprogs zstd xz-utils
 
 lint:
 	@files=$$(gofmt -l .); test -z "$$files" || { echo "not formatted, run gofmt -w on:"; echo "$$files"; exit 1; }

@@ -9,7 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Available says whether this engine can work with its cache in dir, by trying: a pre-content group, a mark on a file in
+// Available says whether this engine can work with its cache in dir, by trying: holes of single blocks, a pre-content group, a mark on a file in
 // dir, a mount of a tiny image in dir. The error names what is missing. It leaves nothing behind. Whether the kernel has
 // known bugs is CheckKernel's to say.
 func Available(dir string) error {
@@ -20,6 +20,9 @@ func Available(dir string) error {
 }
 
 func available(dir string) error {
+	if err := checkHoles(dir); err != nil {
+		return err
+	}
 	group, err := newGroup()
 	if err != nil {
 		return err

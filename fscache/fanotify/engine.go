@@ -96,6 +96,9 @@ func (e *Engine) open(c Config) (err error) {
 	if err := os.MkdirAll(c.Dir, 0o700); err != nil {
 		return err
 	}
+	if err := checkHoles(c.Dir); err != nil {
+		return err
+	}
 	if e.root, err = os.OpenRoot(c.Dir); err != nil {
 		return err
 	}
