@@ -44,7 +44,7 @@ func serve(t *testing.T) (*Daemon, *Client) {
 }
 
 func TestBadRequestsAreRefusedByName(t *testing.T) {
-	_, c := serve(t)
+	d, c := serve(t)
 	file := filepath.Join(t.TempDir(), "file")
 	dir := filepath.Dir(file)
 	link := filepath.Join(dir, "link")
@@ -84,6 +84,8 @@ func TestBadRequestsAreRefusedByName(t *testing.T) {
 		{"negative limit", "POST", "/v1/mounts", `{"image":"oci:/x","dir":"` + dir + `","prefetch_bps":-1}`, 400, CodeInvalid, "negative"},
 		{"image that is not there", "POST", "/v1/mounts", `{"image":"oci:` + dir + `/none:x","dir":"` + dir + `"}`, 422, CodeImage, "none"},
 		{"image of no kind", "POST", "/v1/mounts", `{"image":"ftp:x","dir":"` + dir + `"}`, 422, CodeImage, "ftp"},
+		{"the daemon's root", "POST", "/v1/mounts", `{"image":"oci:/x","dir":"` + d.opt.Root + `"}`, 400, CodeInvalid, "own root"},
+		{"a directory above the daemon's root", "POST", "/v1/mounts", `{"image":"oci:/x","dir":"` + filepath.Dir(d.opt.Root) + `"}`, 400, CodeInvalid, "own root"},
 		{"NUL in the image", "POST", "/v1/mounts", `{"image":"oci:/x\u0000y","dir":"` + dir + `"}`, 422, CodeImage, "invalid argument"},
 		{"NUL in the directory", "POST", "/v1/mounts", `{"image":"oci:/x","dir":"/tmp\u0000"}`, 400, CodeInvalid, "invalid argument"},
 		{"NUL in the domain", "POST", "/v1/mounts", `{"image":"oci:/x","dir":"` + dir + `","domain":"a\u0000"}`, 400, CodeInvalid, `a\x00`},

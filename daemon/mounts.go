@@ -347,6 +347,9 @@ func (d *Daemon) admissible(r MountRequest, domain string) error {
 	if !filepath.IsAbs(r.Dir) || filepath.Clean(r.Dir) != r.Dir {
 		return invalid("the daemon has a working directory of its own: give the directory's absolute, clean path", "mount on %q: not an absolute, clean path", r.Dir)
 	}
+	if rel, err := filepath.Rel(r.Dir, d.opt.Root); err == nil && filepath.IsLocal(rel) {
+		return invalid("choose a directory that does not hold it", "mount on %s: it would hide the daemon's own root %s", r.Dir, d.opt.Root)
+	}
 	fi, err := os.Lstat(r.Dir)
 	switch {
 	case errors.Is(err, os.ErrNotExist):
