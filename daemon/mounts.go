@@ -347,8 +347,10 @@ func (d *Daemon) admissible(r MountRequest, domain string) error {
 	if !filepath.IsAbs(r.Dir) || filepath.Clean(r.Dir) != r.Dir {
 		return invalid("the daemon has a working directory of its own: give the directory's absolute, clean path", "mount on %q: not an absolute, clean path", r.Dir)
 	}
-	if rel, err := filepath.Rel(r.Dir, d.opt.Root); err == nil && filepath.IsLocal(rel) {
-		return invalid("choose a directory that does not hold it", "mount on %s: it would hide the daemon's own root %s", r.Dir, d.opt.Root)
+	for _, own := range []string{d.opt.Root, filepath.Dir(d.opt.Socket)} {
+		if rel, err := filepath.Rel(r.Dir, own); err == nil && filepath.IsLocal(rel) {
+			return invalid("choose a directory that does not hold it", "mount on %s: it would hide the daemon's own directory %s", r.Dir, own)
+		}
 	}
 	fi, err := os.Lstat(r.Dir)
 	switch {
