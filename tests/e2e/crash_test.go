@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -244,7 +245,18 @@ func TestMountThatLivesOnInAnotherNamespaceIsServedByEverySuccessor(t *testing.T
 	h.startDaemon()
 	want("f3")
 	ns.end()
-	h.signalKeeper(unix.SIGTERM) // nothing is mounted any more: newHost's cleanup sees it end
+	// The kernel takes a namespace down in its own time; the daemon looks whenever something is mounted or unmounted.
+	h.until("the daemon sees that nothing uses the image", func() bool {
+		h.must("umount", h.mount(image, "--prefetch=off"))
+		var s struct {
+			Objects []any `json:"objects"`
+		}
+		if err := json.Unmarshal([]byte(h.must("status", "--json")), &s); err != nil {
+			t.Fatal(err)
+		}
+		return len(s.Objects) == 0
+	})
+	h.signalKeeper(unix.SIGTERM) // newHost's cleanup sees it end
 }
 
 func TestSecondDaemonOnOneRootEndsWithItsKeeper(t *testing.T) {

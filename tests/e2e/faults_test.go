@@ -106,7 +106,7 @@ func flippedBit(h http.Header, body []byte) []byte {
 func wrongRange(h http.Header, body []byte) []byte {
 	var first, last, size int64
 	if _, err := fmt.Sscanf(h.Get("Content-Range"), "bytes %d-%d/%d", &first, &last, &size); err != nil {
-		panic(err) // the registry's answer is not what this test takes it for
+		return sized(h, body[1:]) // not a range: wrong all the same
 	}
 	h.Set("Content-Range", fmt.Sprintf("bytes %d-%d/%d", first+1, last+1, size))
 	return sized(h, body)
