@@ -104,6 +104,30 @@ func TestRandomTreesPassFsck(t *testing.T) {
 	})
 }
 
+// The last inode of one of these ends with a block.
+func TestFsckReadsBehindTheLastInode(t *testing.T) {
+	ended := 0
+	for name := 3; name < 20; name++ {
+		img := &Image{Root: tree.NewRoot(), ChunkSize: rafs.DefaultChunkSize, Codec: rafs.CodecZstd}
+		for i := range blockSize / inodeExtendedSize {
+			if err := img.Root.Put(&tree.Node{Name: fmt.Sprintf("%0*d", name, i), Inode: &tree.Inode{Mode: tree.ModeFifo}}); err != nil {
+				t.Fatal(err)
+			}
+			p, err := makePlan(img)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if last := p.inodes[len(p.inodes)-1]; (last.off+inodeExtendedSize)%blockSize == 0 {
+				ended++
+				fsck(t, files(t, t.TempDir(), write(t, img), nil))
+			}
+		}
+	}
+	if ended == 0 {
+		t.Error("no inode ended with a block")
+	}
+}
+
 func TestRandomTreesReadByGoErofs(t *testing.T) {
 	rapid.Check(t, func(rt *rapid.T) {
 		img := drawImage(rt)
