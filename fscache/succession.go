@@ -1,6 +1,9 @@
 package fscache
 
-import "os"
+import (
+	"context"
+	"os"
+)
 
 // An Inbox lends memory that outlives the process, for the kernel to write requests into: read(2) straight into a slot leaves no
 // instruction at which a request exists only in private memory (I2). Package state has the one that is used; its methods may be
@@ -60,6 +63,11 @@ type Inherited struct {
 type Successor interface {
 	// Pending lists the requests that were read and not answered.
 	Pending() []Pending
+	// Thaw takes Freeze back: Next reads again. Callers that Freeze turned away call Next anew.
+	Thaw() error
+	// Abandon makes a mount unreadable that was made under a lifeline which is gone, so that nobody reads zeros from it (I1), and
+	// unmounts it lazily. Its blobs need not have been added. What could not be done is in the error; the rest was done.
+	Abandon(ctx context.Context, m Mount) error
 	// Holding lists the objects whose descriptors this engine has, with the files, which stay the engine's.
 	Holding() []Held
 	// Expect tells which requests the predecessor still has, that of the inherited objects those with handles in gone are
