@@ -99,7 +99,7 @@ func change(t *testing.T, path string, f func(tx *bbolt.Tx) error) {
 func TestNewerSchemaIsRefusedWithTheReleaseToRun(t *testing.T) {
 	for name, edit := range map[string]func(tx *bbolt.Tx) error{
 		"schema": func(tx *bbolt.Tx) error {
-			return tx.Bucket(bucketMeta).Put(keySchema, binary.BigEndian.AppendUint32(nil, schema+1))
+			return tx.Bucket(bucketMeta).Put(keySchema, binary.BigEndian.AppendUint32(nil, stateLayout.schema()+1))
 		},
 		"record": func(tx *bbolt.Tx) error {
 			return tx.Bucket(bucketMounts).Put([]byte("mount-a"), []byte{valueVersion + 1, 1, 2, 3})
@@ -242,3 +242,26 @@ func FuzzOpen(f *testing.F) {
 }
 
 func second[T any](_ T, err error) error { return err }
+
+func TestStateOfAnotherHostIsRefused(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "state.db")
+	claim := func(host string) error {
+		d, _, err := Open(path, "r")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer d.Close()
+		return d.Claim(host)
+	}
+	for _, host := range []string{"a", "a"} {
+		if err := claim(host); err != nil {
+			t.Fatalf("the host's own: %v", err)
+		}
+	}
+	if err := claim("b"); !errors.Is(err, ErrForeign) {
+		t.Fatalf("another host's: %v, want ErrForeign", err)
+	}
+	if err := claim("a"); err != nil {
+		t.Fatalf("after the refusal: %v", err)
+	}
+}
