@@ -19,10 +19,16 @@ func Exec(command []string) error {
 	if err != nil {
 		return err
 	}
+	if err := restoreScore(); err != nil {
+		return err
+	}
 	pid := strconv.Itoa(os.Getpid())
 	variables := []string{"SYSTEMD_EXEC_PID"}
 	if os.Getenv("LISTEN_FDS") != "" {
 		variables = append(variables, "LISTEN_PID")
+	}
+	if os.Getenv("WATCHDOG_USEC") != "" {
+		variables = append(variables, "WATCHDOG_PID")
 	}
 	for _, v := range variables {
 		if err := os.Setenv(v, pid); err != nil {

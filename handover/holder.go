@@ -1,42 +1,107 @@
 package handover
 
 import (
+	"bytes"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"sync"
+	"syscall"
+	"time"
+	"unsafe"
 
 	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
 )
 
-// maxHeld bounds the descriptors a keeper holds: the daemon's lifeline, and one per open cache object.
-const maxHeld = 16384
+// Bounds of what a keeper holds: the daemon's lifeline, and one descriptor per open cache object. Their names have to fit
+// one string of a process's environment, LISTEN_FDNAMES: 32 pages with its NUL (MAX_ARG_STRLEN in include/uapi/linux/binfmts.h), or the
+// command could never be started again.
+const (
+	maxHeld  = 16384
+	maxNames = 32*4096 - len("LISTEN_FDNAMES=") - 1
+)
 
 // maxPassed is how many descriptors the kernel lets one message carry (SCM_MAX_FD in include/net/scm.h, since Linux 2.6.38).
 const maxPassed = 253
 
 // A holder is the notify socket and the descriptors that came through it. It is one datagram's work at a time: receiving and working
 // off are one step under mu, so that whoever finds the socket empty under mu knows that all that was sent has been worked off.
+// Working off a datagram allocates nothing.
 type holder struct {
 	log  *zap.Logger
 	path string
 	sock *os.File // unixgram, non-blocking, SO_PASSCRED
 	done chan struct{}
+	// A value is sent when another process has become the main one.
+	moved chan struct{}
 
 	mu     sync.Mutex
 	closed bool
-	pid    int // whose messages are taken; 0: nobody's
-	held   []heldFD
-	ready  bool // the process with pid has said READY=1
+	in     datagram
+
+	held  []heldFD
+	names []byte // of all held, in that order, with colons between: LISTEN_FDNAMES
+
+	pid     int      // of the main process, whose messages are taken; 0: there is none
+	former  []int    // were the main process before, and still run: their messages are taken too
+	pidfd   *os.File // of the main process, if this process did not start it
+	ready   bool     // the main process has said READY=1
+	leaving bool     // it has said STOPPING=1
+	alive   time.Time
 }
 
 // A heldFD is a raw number rather than an *os.File: the runtime would watch a pollable one with epoll, and wake this process at
 // every request the daemon is about to answer.
 type heldFD struct {
-	name string
-	fd   int
+	fd   int32
+	name int32 // its length
+}
+
+// A datagram is where one is received, again and again.
+type datagram struct {
+	raw  syscall.RawConn
+	recv func(fd uintptr) // receive, made a function value once
+	text []byte
+	oob  []byte
+	fds  []int
+
+	iov            unix.Iovec
+	head           unix.Msghdr
+	n, oobn, flags int
+	err            error
+}
+
+func newDatagram(sock *os.File) (datagram, error) {
+	raw, err := sock.SyscallConn()
+	return datagram{
+		raw: raw, text: make([]byte, maxDatagram+1), fds: make([]int, 0, maxPassed),
+		oob: make([]byte, unix.CmsgSpace(maxPassed*4)+unix.CmsgSpace(unix.SizeofUcred)),
+	}, err
+}
+
+// receive is unix.Recvmsg without the sender's address, which costs an allocation.
+func (d *datagram) receive(fd uintptr) {
+	d.iov.Base = &d.text[0]
+	d.iov.SetLen(len(d.text))
+	for {
+		d.head = unix.Msghdr{Iov: &d.iov, Control: &d.oob[0]}
+		d.head.SetIovlen(1)
+		d.head.SetControllen(len(d.oob))
+		n, _, errno := unix.Syscall(unix.SYS_RECVMSG, fd, uintptr(unsafe.Pointer(&d.head)), unix.MSG_DONTWAIT|unix.MSG_CMSG_CLOEXEC)
+		if errno == unix.EINTR {
+			continue
+		}
+		d.n, d.oobn, d.flags, d.err = int(n), int(d.head.Controllen), int(d.head.Flags), nil
+		if errno != 0 {
+			d.n, d.oobn, d.err = 0, 0, errno
+		}
+		return
+	}
 }
 
 // newHolder binds the socket at path, which must not exist or be left over: the caller holds the lock beside it.
@@ -48,7 +113,14 @@ func newHolder(path string, log *zap.Logger) (*holder, error) {
 	if err != nil {
 		return nil, fmt.Errorf("make the notify socket: %w", err)
 	}
-	h := &holder{log: log, path: path, sock: os.NewFile(uintptr(fd), path), done: make(chan struct{})}
+	h := &holder{
+		log: log, path: path, sock: os.NewFile(uintptr(fd), path), done: make(chan struct{}), moved: make(chan struct{}, 1),
+		held: make([]heldFD, 0, maxHeld), names: make([]byte, 0, maxNames),
+	}
+	if h.in, err = newDatagram(h.sock); err != nil {
+		return nil, errors.Join(err, h.sock.Close())
+	}
+	h.in.recv = h.in.receive
 	err = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_PASSCRED, 1)
 	if err == nil {
 		err = unix.Bind(fd, &unix.SockaddrUnix{Name: path})
@@ -68,13 +140,10 @@ func newHolder(path string, log *zap.Logger) (*holder, error) {
 // receive works off datagrams until close. Its owner is Keep, which waits for done.
 func (h *holder) receive() {
 	defer close(h.done)
-	raw, err := h.sock.SyscallConn()
-	if err == nil {
-		err = raw.Read(func(uintptr) bool {
-			h.drain()
-			return false // wait until there is more
-		})
-	}
+	err := h.in.raw.Read(func(uintptr) bool {
+		h.drain()
+		return false // wait until there is more
+	})
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if !h.closed {
@@ -86,38 +155,27 @@ func (h *holder) receive() {
 func (h *holder) drain() int {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	buf := make([]byte, maxDatagram+1)
-	oob := make([]byte, unix.CmsgSpace(maxPassed*4)+unix.CmsgSpace(unix.SizeofUcred))
-	for h.next(buf, oob) {
+	for h.next() {
 	}
 	return len(h.held)
 }
 
 // next works off one datagram, and says whether there was one. It runs under mu.
-func (h *holder) next(buf, oob []byte) bool {
-	raw, err := h.sock.SyscallConn()
-	if err != nil {
-		return false
+func (h *holder) next() bool {
+	d := &h.in
+	err := d.raw.Control(d.recv)
+	if err == nil {
+		err = d.err
 	}
-	var n, oobn, flags int
-	var recvErr error
-	err = raw.Control(func(fd uintptr) {
-		for {
-			n, oobn, flags, _, recvErr = unix.Recvmsg(int(fd), buf, oob, unix.MSG_DONTWAIT|unix.MSG_CMSG_CLOEXEC)
-			if recvErr != unix.EINTR {
-				return
-			}
-		}
-	})
-	if err = errors.Join(err, recvErr); err != nil {
-		if !errors.Is(err, unix.EAGAIN) && !h.closed {
+	if err != nil {
+		if err != unix.EAGAIN && !h.closed {
 			h.log.Error("receive a notification", zap.Error(err))
 		}
 		return false
 	}
-	fds, from, err := parseControl(oob[:oobn])
+	fds, from, err := parseControl(d.oob[:d.oobn], d.fds[:0])
 	if err == nil {
-		err = h.process(buf[:n], fds, from, flags)
+		err = h.process(d.text[:d.n], fds, from, d.flags)
 	}
 	if err != nil {
 		closeAll(fds)
@@ -127,13 +185,14 @@ func (h *holder) next(buf, oob []byte) bool {
 }
 
 // process works off one datagram. It owns fds if and only if it returns nil.
-func (h *holder) process(b []byte, fds []int, from *unix.Ucred, flags int) error {
+func (h *holder) process(b []byte, fds []int, from unix.Ucred, flags int) error {
 	if flags&(unix.MSG_TRUNC|unix.MSG_CTRUNC) != 0 {
 		return fmt.Errorf("it was truncated (flags %#x)", flags)
 	}
 	// The kernel fills in the credentials; only root can claim another process's.
-	if from == nil || h.pid == 0 || int(from.Pid) != h.pid {
-		return fmt.Errorf("it is not from the process that this keeper started (%d) but from %+v", h.pid, from)
+	pid := int(from.Pid)
+	if pid == 0 || h.pid == 0 || pid != h.pid && !slices.Contains(h.former, pid) {
+		return fmt.Errorf("it is not from the process that this keeper started (%d) but from %d of user %d", h.pid, from.Pid, from.Uid)
 	}
 	m, err := parseMessage(b)
 	if err != nil {
@@ -151,42 +210,125 @@ func (h *holder) process(b []byte, fds []int, from *unix.Ucred, flags int) error
 		return fmt.Errorf("%d descriptors without FDSTORE=1", len(fds))
 	case m.remove:
 		h.remove(m.name)
+	case m.mainPID != 0 && m.mainPID != h.pid:
+		if pid != h.pid {
+			return fmt.Errorf("MAINPID=%d from process %d, which is not the main one any more", m.mainPID, pid)
+		}
+		return h.follow(m.mainPID)
 	}
-	if m.ready {
-		h.ready = true
-		h.log.Info("the command is ready", zap.Int("pid", h.pid))
-	}
-	if m.status != "" {
-		h.log.Debug("status", zap.String("status", m.status))
+	if pid == h.pid {
+		h.hear(&m)
 	}
 	return nil
 }
 
-func (h *holder) store(name string, fds []int) error {
+// hear takes in what the main process says of itself.
+func (h *holder) hear(m *message) {
+	if m.ready && !h.ready {
+		h.ready, h.alive = true, time.Now()
+		h.log.Info("the command is ready", zap.Int("pid", h.pid))
+	}
+	if m.watchdog {
+		h.alive = time.Now()
+	}
+	if m.stopping {
+		h.leaving = true
+	}
+	if m.reloading {
+		h.log.Info("the command reloads", zap.Int("pid", h.pid))
+	}
+	if len(m.status) > 0 {
+		if e := h.log.Check(zap.DebugLevel, "status"); e != nil {
+			e.Write(zap.ByteString("status", m.status))
+		}
+	}
+}
+
+// follow makes another process the main one.
+func (h *holder) follow(pid int) error {
+	// The descriptor first: if the process has this one above it afterwards, it is the one that the descriptor is of.
+	fd, err := unix.PidfdOpen(pid, unix.PIDFD_NONBLOCK)
+	if err != nil {
+		return fmt.Errorf("MAINPID=%d: %w", pid, err)
+	}
+	if err := descends(pid, os.Getpid()); err != nil {
+		closeAll([]int{fd})
+		return fmt.Errorf("MAINPID=%d: %w", pid, err)
+	}
+	h.forgetMain()
+	h.former = append(slices.DeleteFunc(h.former, func(p int) bool { return p == pid }), h.pid)
+	h.pid, h.pidfd, h.alive, h.leaving = pid, os.NewFile(uintptr(fd), "pidfd"), time.Now(), false
+	h.log.Info("the command has handed over to another process", zap.Int("from", h.former[len(h.former)-1]), zap.Int("pid", pid))
+	select {
+	case h.moved <- struct{}{}:
+	default: // told already
+	}
+	return nil
+}
+
+// forgetMain closes what is kept of the main process. It runs under mu.
+func (h *holder) forgetMain() {
+	if h.pidfd != nil {
+		_ = h.pidfd.Close()
+		h.pidfd = nil
+	}
+}
+
+// begin is called before a main process is started that nothing is known of, and after it has been under its id.
+func (h *holder) begin(pid int) {
+	h.forgetMain()
+	h.pid, h.former, h.ready, h.leaving = pid, h.former[:0], false, false
+}
+
+// gone forgets a process that was the main one before, and has ended.
+func (h *holder) gone(pid int) {
+	h.drain() // what it sent last still counts
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.former = slices.DeleteFunc(h.former, func(p int) bool { return p == pid })
+}
+
+func (h *holder) store(name []byte, fds []int) error {
 	if len(fds) == 0 {
 		return errors.New("FDSTORE=1 without a descriptor")
 	}
 	if len(h.held)+len(fds) > maxHeld {
 		return fmt.Errorf("descriptor %q: this keeper already holds %d, and takes no more than %d", name, len(h.held), maxHeld)
 	}
-	for _, fd := range fds {
-		h.held = append(h.held, heldFD{name, fd})
+	if len(h.names)+len(fds)*(len(name)+1) > maxNames {
+		return fmt.Errorf("descriptor %q: the names of what is held have %d bytes, and LISTEN_FDNAMES takes no more than %d", name, len(h.names), maxNames)
 	}
-	h.log.Info("descriptor stored", zap.String("name", name), zap.Int("held", len(h.held)))
+	for _, fd := range fds {
+		if len(h.held) > 0 {
+			h.names = append(h.names, ':')
+		}
+		h.names = append(h.names, name...)
+		h.held = append(h.held, heldFD{int32(fd), int32(len(name))})
+	}
+	if e := h.log.Check(zap.DebugLevel, "descriptor stored"); e != nil {
+		e.Write(zap.ByteString("name", name), zap.Int("held", len(h.held)))
+	}
 	return nil
 }
 
-func (h *holder) remove(name string) {
-	kept := h.held[:0]
+func (h *holder) remove(name []byte) {
+	kept, names, at := h.held[:0], h.names[:0], 0
 	for _, f := range h.held {
-		if f.name == name {
-			closeAll([]int{f.fd})
+		its := h.names[at : at+int(f.name)]
+		at += int(f.name) + 1
+		if bytes.Equal(its, name) {
+			_ = unix.Close(int(f.fd)) // see closeAll
 			continue
 		}
-		kept = append(kept, f)
+		if len(kept) > 0 {
+			names = append(names, ':')
+		}
+		kept, names = append(kept, f), append(names, its...) // never ahead of what is still to be read
 	}
-	h.held = kept
-	h.log.Info("descriptor removed", zap.String("name", name), zap.Int("held", len(h.held)))
+	h.held, h.names = kept, names
+	if e := h.log.Check(zap.DebugLevel, "descriptor removed"); e != nil {
+		e.Write(zap.ByteString("name", name), zap.Int("held", len(h.held)))
+	}
 }
 
 // close ends receive and removes the socket. Keep calls it when nothing is held; after a failed start it may be called with
@@ -194,38 +336,37 @@ func (h *holder) remove(name string) {
 func (h *holder) close() error {
 	h.mu.Lock()
 	h.closed = true
+	h.forgetMain()
 	h.mu.Unlock()
 	return errors.Join(h.sock.Close(), os.Remove(h.path))
 }
 
-// parseControl takes the descriptors and the sender out of a datagram's control messages. The descriptors are the caller's, also
-// beside an error.
-func parseControl(oob []byte) (fds []int, from *unix.Ucred, err error) {
-	msgs, err := unix.ParseSocketControlMessage(oob)
-	if err != nil {
-		return nil, nil, fmt.Errorf("control message: %w", err)
-	}
-	for i := range msgs {
-		m := &msgs[i]
-		if m.Header.Level != unix.SOL_SOCKET {
+// parseControl takes the descriptors, which it appends to fds, and the sender out of a packet's control messages; without a sender
+// its process id is 0. The descriptors are the caller's, also beside an error.
+func parseControl(oob []byte, fds []int) (_ []int, from unix.Ucred, err error) {
+	for len(oob) > 0 {
+		head, data, rest, err := unix.ParseOneSocketControlMessage(oob)
+		if err != nil {
+			return fds, from, fmt.Errorf("control message: %w", err)
+		}
+		oob = rest
+		if head.Level != unix.SOL_SOCKET {
 			continue
 		}
-		switch m.Header.Type {
+		switch head.Type {
 		case unix.SCM_RIGHTS:
-			if len(m.Data)%4 != 0 { // ParseUnixRights would read past the end
-				return fds, from, fmt.Errorf("control message: %d bytes of descriptors", len(m.Data))
+			if len(data)%4 != 0 {
+				return fds, from, fmt.Errorf("control message: %d bytes of descriptors", len(data))
 			}
-			got, err := unix.ParseUnixRights(m)
-			if err != nil {
-				return fds, from, fmt.Errorf("control message: %w", err)
+			for ; len(data) > 0; data = data[4:] {
+				fds = append(fds, int(int32(binary.NativeEndian.Uint32(data))))
 			}
-			fds = append(fds, got...)
-		case unix.SCM_CREDENTIALS:
-			if len(m.Data) != unix.SizeofUcred { // ParseUnixCredentials panics where there is nothing
-				return fds, from, fmt.Errorf("control message: %d bytes of credentials", len(m.Data))
+		case unix.SCM_CREDENTIALS: // struct ucred in include/linux/socket.h
+			if len(data) != unix.SizeofUcred {
+				return fds, from, fmt.Errorf("control message: %d bytes of credentials", len(data))
 			}
-			if from, err = unix.ParseUnixCredentials(m); err != nil {
-				return fds, from, fmt.Errorf("control message: %w", err)
+			from = unix.Ucred{
+				Pid: int32(binary.NativeEndian.Uint32(data)), Uid: binary.NativeEndian.Uint32(data[4:]), Gid: binary.NativeEndian.Uint32(data[8:]),
 			}
 		}
 	}
@@ -239,15 +380,15 @@ func closeAll(fds []int) {
 	}
 }
 
-// names returns what is held, for the log.
-func (h *holder) names() []string {
+// listing returns how many are held, and the names of the first of them, for people.
+func (h *holder) listing() (n int, names []string) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	names := make([]string, len(h.held))
-	for i, f := range h.held {
-		names[i] = f.name
+	if len(h.held) == 0 {
+		return 0, nil
 	}
-	return names
+	names = strings.SplitN(string(h.names), ":", 17)
+	return len(h.held), names[:min(len(names), 16)]
 }
 
 // socketIn is where the keeper of a run directory has its socket.

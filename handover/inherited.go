@@ -1,12 +1,16 @@
 package handover
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"strconv"
 	"strings"
+	"sync"
 
 	"golang.org/x/sys/unix"
+
+	"holdfast/state/crash"
 )
 
 // firstInherited is the number of the first descriptor a supervisor passes (SD_LISTEN_FDS_START in sd-daemon.h).
@@ -15,12 +19,25 @@ const firstInherited = 3
 // maxInherited bounds LISTEN_FDS: fs.nr_open's default, which no process passes.
 const maxInherited = 1 << 20
 
+// MovedBase is where the descriptors that a supervisor passes are moved to, or above: see Inherited.
+const MovedBase = 16384
+
+// passed are the names that Inherited found. The environment that says them is read once, and OpenStore has to know too.
+var passed struct {
+	mu    sync.Mutex
+	names []string
+}
+
 // Inherited returns the descriptors that the supervisor passed to this process, by name, close-on-exec, and takes the variables
 // that announce them out of the environment. The map is empty if there are none for this process. Call it once, at start, before
-// anything starts a process.
+// anything starts a process, and before OpenStore.
+//
+// The descriptors are moved to numbers from MovedBase on, or from half of RLIMIT_NOFILE on where that is less. Low numbers are then free for
+// an engine to occupy that has to answer for a dead process's numbers, and what is closed later was never one of them.
 //
 // The environment is refused with an error, and nothing closed, if it does not match what is there, or if two descriptors have one
-// name: whoever guessed which to use might let go of the one that mounts depend on.
+// name: whoever guessed which to use might let go of the one that mounts depend on. It holds for all names: each is pushed once, and
+// systemd drops what it is sent twice of the same open file description, so two of a name are two different things.
 func Inherited() (map[string]*os.File, error) {
 	pid, count, names := os.Getenv("LISTEN_PID"), os.Getenv("LISTEN_FDS"), os.Getenv("LISTEN_FDNAMES")
 	for _, v := range []string{"LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PIDFDID"} {
@@ -35,16 +52,52 @@ func Inherited() (map[string]*os.File, error) {
 	if err != nil {
 		return nil, fmt.Errorf("inherit file descriptors: %w", err)
 	}
-	for i, name := range list {
-		if _, err := unix.FcntlInt(uintptr(firstInherited+i), unix.F_SETFD, unix.FD_CLOEXEC); err != nil {
-			return nil, fmt.Errorf("inherit file descriptor %d (%q): %w", firstInherited+i, name, err)
-		}
+	crash.Point("handover.inherited.before-move")
+	moved, err := moveUp(list)
+	if err != nil {
+		return nil, fmt.Errorf("inherit file descriptors: %w", err)
 	}
+	crash.Point("handover.inherited.after-move")
 	files := make(map[string]*os.File, len(list))
 	for i, name := range list {
-		files[name] = os.NewFile(uintptr(firstInherited+i), name)
+		files[name] = os.NewFile(uintptr(moved[i]), name)
 	}
+	passed.mu.Lock()
+	defer passed.mu.Unlock()
+	passed.names = list
 	return files, nil
+}
+
+// moveUp returns copies of the inherited descriptors, in their order, and closes the descriptors; or, with an error, neither.
+func moveUp(names []string) (moved []int, err error) {
+	base, err := Base()
+	if err != nil {
+		return nil, err
+	}
+	for i, name := range names {
+		fd, err := unix.FcntlInt(uintptr(firstInherited+i), unix.F_DUPFD_CLOEXEC, base)
+		if err != nil {
+			closeAll(moved)
+			if errors.Is(err, unix.EMFILE) {
+				err = fmt.Errorf("%w (raise LimitNOFILE=, or ulimit -n, well above %d)", err, base+len(names))
+			}
+			return nil, fmt.Errorf("descriptor %d (%q): %w", firstInherited+i, name, err)
+		}
+		moved = append(moved, fd)
+	}
+	for i := range names {
+		_ = unix.Close(firstInherited + i) // its copy is open: nothing is lost
+	}
+	return moved, nil
+}
+
+// Base is where this process's inherited descriptors are moved to: MovedBase, or half of RLIMIT_NOFILE where that is less.
+func Base() (int, error) {
+	var limit unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+		return 0, fmt.Errorf("ask for the limit of open files: %w", err)
+	}
+	return int(min(MovedBase, limit.Cur/2)), nil
 }
 
 // inheritedNames parses LISTEN_FDS and LISTEN_FDNAMES into one name per descriptor.
@@ -78,12 +131,12 @@ const maxName = 255
 
 // checkName says whether systemd would take name for a stored descriptor: printable ASCII without a colon
 // (fdname_is_valid in systemd's fd-util.c).
-func checkName(name string) error {
-	if name == "" || len(name) > maxName {
+func checkName[T string | []byte](name T) error {
+	if len(name) == 0 || len(name) > maxName {
 		return fmt.Errorf("a descriptor's name has 1 to %d bytes, not %d", maxName, len(name))
 	}
-	for _, c := range []byte(name) {
-		if c < ' ' || c > '~' || c == ':' {
+	for i := range len(name) {
+		if c := name[i]; c < ' ' || c > '~' || c == ':' {
 			return fmt.Errorf("descriptor name %q has a character that is not printable ASCII, or a colon", name)
 		}
 	}

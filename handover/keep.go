@@ -2,13 +2,10 @@ package handover
 
 import (
 	"errors"
-	"fmt"
 	"os"
 	"os/signal"
 	"path/filepath"
-	"slices"
-	"strconv"
-	"strings"
+	"runtime/debug"
 	"syscall"
 	"time"
 
@@ -27,11 +24,18 @@ type KeepOptions struct {
 	Trampoline []string
 	// Dir is an existing directory, open to nobody else, for the keeper's lock and socket. One keeper has it at a time.
 	Dir string
-	Log *zap.Logger
+	// Watchdog is how long the command may go without saying WATCHDOG=1, from its READY=1 on. Zero: for ever.
+	Watchdog time.Duration
+	Log      *zap.Logger
 }
 
+// IdleCode is the exit code of a command that has nothing to do and expects to be started again when a descriptor held for it is readable. It is
+// not 0, which a command that was told to stop ends with: a systemd unit tells the two apart with RestartPreventExitStatus=.
+const IdleCode = 7
+
 // Keep runs a command, holds the descriptors that it stores, and gives them back to it each time it has died and is started again.
-// It takes over SIGTERM, SIGINT and SIGHUP:
+// The process is Keep's alone: it takes over SIGTERM, SIGINT, SIGHUP and SIGCHLD, reaps every child, becomes the parent of the command's
+// orphans, is made the last to be killed for want of memory (the command is not), and is tuned to stay small.
 //
 //   - SIGTERM and SIGINT are passed on, and end Keep when the command has ended and no descriptor is held. While one is held Keep
 //     stays, and says so in its log: mounts may depend on it, and with its last close their readers would get zeros or errors (I4).
@@ -41,6 +45,13 @@ type KeepOptions struct {
 // A command that ends by itself is started again if a descriptor is held, or if it had once said READY=1 and did not end
 // with 0; else it ends Keep. The result is the command's exit code, 128+n if signal n ended it, or 0 if that was the signal Keep
 // passed on. The error is a *LockedError if another keeper has Dir.
+//
+// If it ends with [IdleCode] after it has said STOPPING=1 it is idle: it is started again when one of the descriptors held for it is readable, as a
+// socket unit does it.
+//
+// With MAINPID= the command makes a descendant of its own the one that counts: the end of that one is the command's end, and signals go to
+// it. Before the command is started again, what is left of it is killed: two daemons would read one engine. What then does not end
+// because it sleeps in the kernel is left behind: it never runs again.
 //
 // If Keep itself is killed, the command is left running: it is then the last to hold its descriptors, and must not be killed with it.
 func Keep(o KeepOptions) (exitCode int, err error) {
@@ -62,46 +73,90 @@ func Keep(o KeepOptions) (exitCode int, err error) {
 		err = errors.Join(err, h.close())
 		<-h.done
 	}()
-	signals := make(chan os.Signal, 8)
+	k := &keeper{KeepOptions: o, holder: h, gone: make(chan int), watchdog: time.NewTimer(time.Hour)}
+	if err := k.settle(); err != nil {
+		return 0, err
+	}
+	signals, children := make(chan os.Signal, 8), make(chan os.Signal, 1)
 	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
 	defer signal.Stop(signals)
-	k := &keeper{KeepOptions: o, holder: h, exited: make(chan unix.WaitStatus, 1)}
-	return k.run(signals)
+	signal.Notify(children, syscall.SIGCHLD) // one is enough to say that there are any
+	defer signal.Stop(children)
+	return k.run(signals, children)
 }
 
 // A keeper is the loop of Keep. One goroutine has it.
 type keeper struct {
 	KeepOptions
-	holder  *holder
-	exited  chan unix.WaitStatus
-	child   int // process id, 0 if none runs
-	started time.Time
-	passed  syscall.Signal // the last signal passed on to child
-	stop    bool           // told to stop
-	proven  bool           // the command has once said it was ready
-	delay   backoff
-	again   <-chan time.Time // when to start the command again
+	holder   *holder
+	score    string // oom_score_adj that the command is to have; "": this process's
+	child    int    // process id of the main process, 0 if none runs
+	started  time.Time
+	passed   syscall.Signal    // the last signal passed on to child
+	stop     bool              // told to stop
+	proven   bool              // the command has once said it was ready
+	delay    backoff           //
+	again    <-chan time.Time  // when to start the command again
+	starting bool              // as soon as what is left of the last one has ended
+	recheck  <-chan time.Time  // when to look again whether it has
+	killed   map[int]time.Time // what is left: since when; zero once it was left behind
+	waker    *waker            // while the command is idle
+	gone     chan int          // id of a main process that has ended, which another process may have reaped
+	watchdog *time.Timer
+	aborted  bool // the watchdog has sent SIGABRT
 }
 
-func (k *keeper) run(signals <-chan os.Signal) (int, error) {
+// settle makes this process fit to keep.
+func (k *keeper) settle() error {
+	if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
+		return err
+	}
+	var err error
+	if k.score, err = guardFromOOM(); err != nil {
+		k.Log.Warn("this keeper is not safe from the kernel when memory is short: run it as root", zap.Error(err))
+	}
+	// What it took to get here is garbage. From now on there is next to none, and waiting for it to double costs more than looking.
+	debug.SetGCPercent(10)
+	debug.FreeOSMemory()
+	return nil
+}
+
+func (k *keeper) run(signals, children <-chan os.Signal) (int, error) {
 	if err := k.start(); err != nil {
 		return 0, err
 	}
 	for {
+		var woken <-chan struct{}
+		if k.waker != nil {
+			woken = k.waker.woken
+		}
+		code, ended := 0, false
 		select {
 		case s := <-signals:
-			if ended := k.signalled(s.(syscall.Signal)); ended {
-				return 0, nil
+			ended = k.signalled(s.(syscall.Signal))
+		case <-children:
+			code, ended = k.reap()
+		case <-k.holder.moved:
+			k.follow()
+		case pid := <-k.gone:
+			if pid == k.child { // its parent is not this process, or has not told
+				if code, ended = k.reap(); !ended && pid == k.child {
+					code, ended = k.ended(unknownEnd)
+				}
 			}
-		case status := <-k.exited:
-			if code, ended := k.ended(status); ended {
-				return code, nil
-			}
+		case <-woken:
+			k.Log.Info("a held descriptor is readable: the idle command is wanted")
+			k.wakeNoMore()
+			k.startAgain()
+		case <-k.watchdog.C:
+			k.late()
 		case <-k.again:
-			k.again = nil
-			if err := k.start(); err != nil {
-				k.retry("the command cannot be started", zap.Error(err))
-			}
+			k.startAgain()
+		case <-k.recheck:
+			k.startAgain()
+		}
+		if ended {
+			return code, nil
 		}
 	}
 }
@@ -123,8 +178,71 @@ func (k *keeper) signalled(s syscall.Signal) bool {
 		k.again = time.After(0)
 		return false
 	}
-	k.again = nil
+	k.again, k.recheck, k.starting = nil, nil, false
+	k.wakeNoMore()
 	return !k.holdOn()
+}
+
+// reap takes in the end of every child that has ended, and returns the keeper's exit code if that ends it.
+func (k *keeper) reap() (int, bool) {
+	code, ended := 0, false
+	for {
+		var status unix.WaitStatus
+		pid, err := unix.Wait4(-1, &status, unix.WNOHANG, nil)
+		if err == unix.EINTR {
+			continue
+		}
+		if err != nil || pid == 0 {
+			break
+		}
+		if pid == k.mainPID() {
+			code, ended = k.ended(status)
+		} else {
+			delete(k.killed, pid)
+			k.holder.gone(pid)
+		}
+	}
+	if !ended && k.starting {
+		k.startAgain()
+	}
+	return code, ended
+}
+
+// mainPID works off what was sent, MAINPID= above all, before it says which process is the main one.
+func (k *keeper) mainPID() int {
+	if k.child != 0 {
+		k.holder.drain()
+		k.follow()
+	}
+	return k.child
+}
+
+// follow makes the holder's main process this keeper's.
+func (k *keeper) follow() {
+	h := k.holder
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.pid == k.child || h.pid == 0 || h.pidfd == nil {
+		return
+	}
+	k.child, k.started, k.aborted = h.pid, time.Now(), false
+	pid := k.child
+	raw, err := h.pidfd.SyscallConn()
+	if err != nil {
+		k.Log.Error("watch the command's new process", zap.Int("pid", pid), zap.Error(err))
+		return
+	}
+	// Ends with the process, or when the holder closes the descriptor as another becomes the main one. It may be the loop's last
+	// message: nobody receives it when the keeper has ended, and the process with it.
+	go func() {
+		err := raw.Read(func(fd uintptr) bool {
+			n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 0)
+			return n > 0 && err == nil
+		})
+		if err == nil {
+			k.gone <- pid
+		}
+	}()
 }
 
 // ended handles the command's end, and returns the keeper's exit code if that ends it too.
@@ -132,8 +250,8 @@ func (k *keeper) ended(status unix.WaitStatus) (int, bool) {
 	// What the dead process sent last still counts, and must be worked off under its id before another gets it.
 	held := k.holder.drain()
 	k.holder.mu.Lock()
-	ready := k.holder.ready
-	k.holder.pid, k.holder.ready = 0, false
+	ready, leaving := k.holder.ready, k.holder.leaving
+	k.holder.begin(0)
 	k.holder.mu.Unlock()
 	k.proven = k.proven || ready
 	ran := time.Since(k.started)
@@ -149,10 +267,33 @@ func (k *keeper) ended(status unix.WaitStatus) (int, bool) {
 	case k.stop, held == 0 && (code == 0 || !k.proven):
 		k.Log.Info("the command ended", fields...)
 		return code, true
+	case code == IdleCode && leaving && passed == 0 && k.idle(fields):
+		return 0, false
 	}
-	k.delay.ran(ran)
+	k.delay.ran(ran, ready)
 	k.retry("the command ended by itself", fields...)
 	return 0, false
+}
+
+// idle waits for one of the held descriptors, and says whether there is one to wait for.
+func (k *keeper) idle(fields []zap.Field) bool {
+	w, err := k.holder.watch()
+	if err != nil {
+		k.Log.Error("wait for the held descriptors", zap.Error(err))
+	}
+	if w == nil {
+		return false
+	}
+	k.waker, k.delay = w, backoff{}
+	k.Log.Info("the command is idle: it is started again when it is wanted", fields...)
+	return true
+}
+
+func (k *keeper) wakeNoMore() {
+	if k.waker != nil {
+		k.waker.close()
+		k.waker = nil
+	}
 }
 
 func (k *keeper) retry(why string, fields ...zap.Field) {
@@ -161,105 +302,47 @@ func (k *keeper) retry(why string, fields ...zap.Field) {
 	k.again = time.After(d)
 }
 
+// abortTime is how long the command may take to die of SIGABRT.
+const abortTime = 5 * time.Second
+
+// late kills the command if it has not said for too long that it is well, and else looks again when that may be so.
+func (k *keeper) late() {
+	if k.Watchdog == 0 || k.child == 0 {
+		return
+	}
+	k.holder.drain() // this process may itself have been stopped meanwhile
+	k.holder.mu.Lock()
+	ready, silent := k.holder.ready, time.Since(k.holder.alive)
+	k.holder.mu.Unlock()
+	s := syscall.SIGABRT
+	switch {
+	case !ready:
+		k.watchdog.Reset(k.Watchdog)
+		return
+	case silent < k.Watchdog:
+		k.aborted = false
+		k.watchdog.Reset(k.Watchdog - silent)
+		return
+	case k.aborted:
+		s = syscall.SIGKILL
+	}
+	k.aborted = true
+	k.Log.Error("the command has not said WATCHDOG=1 in time", zap.Int("pid", k.child), zap.Duration("for", silent), zap.Stringer("signal", s))
+	if err := syscall.Kill(k.child, s); err != nil {
+		k.Log.Error("kill the command", zap.Int("pid", k.child), zap.Error(err))
+	}
+	k.watchdog.Reset(abortTime)
+}
+
 // holdOn says, also to the operator, whether anything is held that keeps the keeper here.
 func (k *keeper) holdOn() bool {
-	names := k.holder.names()
-	if len(names) == 0 {
+	n, names := k.holder.listing()
+	if n == 0 {
 		return false
 	}
 	k.Log.Warn("not ending: mounts depend on the descriptors held here, and would read zeros without them. "+
 		"Those who read images not complete in the cache wait. To serve them again send this process SIGHUP; to end, do that, "+
 		"unmount all images with holdfast umount, and stop it again",
-		zap.Int("keeper", os.Getpid()), zap.Strings("descriptors", names[:min(len(names), 16)]), zap.Int("held", len(names)))
+		zap.Int("keeper", os.Getpid()), zap.Strings("descriptors", names), zap.Int("held", n))
 	return true
-}
-
-// start starts the command through the trampoline.
-func (k *keeper) start() error {
-	k.holder.mu.Lock()
-	defer k.holder.mu.Unlock() // its first message waits until its id is known
-	argv := slices.Concat(k.Trampoline, k.Command)
-	env := k.environment(os.Environ())
-	files := []uintptr{0, 1, 2}
-	for _, f := range k.holder.held {
-		files = append(files, uintptr(f.fd))
-	}
-	// Its own process group: what a terminal sends on ^C comes from here, once. No parent-death signal: see Keep.
-	pid, err := syscall.ForkExec("/proc/self/exe", argv, &syscall.ProcAttr{
-		Env: env, Files: files, Sys: &syscall.SysProcAttr{Setpgid: true},
-	})
-	if err != nil {
-		return fmt.Errorf("start %s: %w", k.Command[0], err)
-	}
-	k.child, k.started = pid, time.Now()
-	k.holder.pid = pid
-	k.Log.Info("the command was started", zap.Int("pid", pid), zap.Strings("command", k.Command), zap.Int("descriptors", len(k.holder.held)))
-	// The goroutine ends with the child; run receives what it sends before it starts another.
-	go func() {
-		var status unix.WaitStatus
-		for {
-			if _, err := unix.Wait4(pid, &status, 0, nil); err != unix.EINTR {
-				break
-			}
-		}
-		k.exited <- status
-	}()
-	return nil
-}
-
-// supervisorVariables are what a supervisor says to the one process it starts, and to no other.
-var supervisorVariables = []string{
-	"NOTIFY_SOCKET", "FDSTORE", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PIDFDID",
-	"WATCHDOG_PID", "WATCHDOG_USEC", "SYSTEMD_EXEC_PID",
-}
-
-// environment is env with what this keeper says in place of what its own supervisor said to it.
-func (k *keeper) environment(env []string) []string {
-	env = slices.DeleteFunc(slices.Clone(env), func(v string) bool {
-		name, _, _ := strings.Cut(v, "=")
-		return slices.Contains(supervisorVariables, name)
-	})
-	env = append(env, "NOTIFY_SOCKET="+k.holder.path, "FDSTORE="+strconv.Itoa(maxHeld))
-	if n := len(k.holder.held); n > 0 {
-		names := make([]string, n)
-		for i, f := range k.holder.held {
-			names[i] = f.name
-		}
-		env = append(env, "LISTEN_FDS="+strconv.Itoa(n), "LISTEN_FDNAMES="+strings.Join(names, ":"))
-	}
-	return env
-}
-
-// exitCode is what a shell would show; a command that died of the signal it was sent to stop it has ended well.
-func exitCode(s unix.WaitStatus, passed syscall.Signal) int {
-	switch {
-	case !s.Signaled():
-		return s.ExitStatus()
-	case s.Signal() == passed:
-		return 0
-	}
-	return 128 + int(s.Signal())
-}
-
-// Limits of how soon a command that keeps dying is started again.
-const (
-	firstDelay = 100 * time.Millisecond
-	lastDelay  = 5 * time.Second
-	healthy    = 10 * time.Second // a run this long makes the next start immediate again
-)
-
-// A backoff is how long to wait before the next start. The first is immediate: readers are waiting.
-type backoff struct{ d time.Duration }
-
-// ran takes note of how long the command ran.
-func (b *backoff) ran(d time.Duration) {
-	if d >= healthy {
-		b.d = 0
-	}
-}
-
-func (b *backoff) next() time.Duration {
-	d := b.d
-	b.d = min(max(2*d, firstDelay), lastDelay)
-	return d
 }

@@ -29,6 +29,7 @@ func TestDescriptorsSurviveTheDaemonsKillUnderTheirNames(t *testing.T) {
 		for _, name := range strings.Split(d.names, ",") {
 			d.ask("read "+name, name)
 			d.ask("cloexec "+name, "true")
+			d.ask("moved "+name, "true")
 		}
 	}
 	for _, v := range []string{"NOTIFY_SOCKET", "FDSTORE", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "SYSTEMD_EXEC_PID"} {
@@ -232,12 +233,12 @@ func TestBackoffDoublesToItsLimitAndEndsWithAHealthyRun(t *testing.T) {
 	var b backoff
 	want := []time.Duration{0, 100, 200, 400, 800, 1600, 3200, 5000, 5000}
 	for i, w := range want {
-		b.ran(healthy - 1)
+		b.ran(healthy-1, false)
 		if got := b.next(); got != w*time.Millisecond {
 			t.Fatalf("delay %d: %v, want %v", i, got, w*time.Millisecond)
 		}
 	}
-	b.ran(healthy)
+	b.ran(healthy, false)
 	if got := b.next(); got != 0 {
 		t.Fatalf("after a healthy run: %v", got)
 	}
@@ -256,7 +257,8 @@ func TestTruncatedMessagesAreDroppedWithTheirDescriptors(t *testing.T) {
 	// Room for the credentials and one of the three descriptors.
 	send("FDSTORE=1\nFDNAME=x", 3)
 	h.mu.Lock()
-	more := h.next(make([]byte, maxDatagram+1), make([]byte, unix.CmsgSpace(unix.SizeofUcred)+unix.CmsgSpace(4)))
+	h.in.oob = h.in.oob[:unix.CmsgSpace(unix.SizeofUcred)+unix.CmsgSpace(4)]
+	more := h.next()
 	h.mu.Unlock()
 	if !more || h.drain() != 0 || len(openFDs("self")) != before {
 		t.Fatalf("control message truncated: %d descriptors open, %d before", len(openFDs("self")), before)
@@ -291,9 +293,10 @@ func TestMalformedMessagesAreDroppedWithTheirDescriptors(t *testing.T) {
 func TestNumberOfHeldDescriptorsIsBounded(t *testing.T) {
 	h, send := testHolder(t)
 	h.pid = os.Getpid()
-	h.held = make([]heldFD, maxHeld-1)
-	for i := range h.held {
-		h.held[i] = heldFD{"full", -1}
+	for range maxHeld - 1 {
+		if err := h.store([]byte("o"), []int{-1}); err != nil {
+			t.Fatal(err)
+		}
 	}
 	send("FDSTORE=1\nFDNAME=x", 2)
 	if n := h.drain(); n != maxHeld-1 {

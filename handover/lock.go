@@ -67,3 +67,14 @@ func lockFile(f *os.File) error {
 
 // Close gives the lock up.
 func (l *Lock) Close() error { return l.f.Close() }
+
+// File is the locked file, which a successor gets: the lock is the open file's, and both have it until both have closed it.
+func (l *Lock) File() *os.File { return l.f }
+
+// AdoptLock makes a lock of the file of another process's, and writes this process's id into it.
+func AdoptLock(f *os.File) (*Lock, error) {
+	if err := lockFile(f); err != nil {
+		return nil, err
+	}
+	return &Lock{f}, nil
+}

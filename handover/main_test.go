@@ -30,8 +30,28 @@ func TestMain(m *testing.M) {
 			os.Exit(keepRole(os.Args[2], os.Args[3:]))
 		case "role=daemon":
 			os.Exit(daemonRole(os.Args[2]))
+		case "role=predecessor":
+			os.Exit(predecessorRole(os.Args[2]))
+		case "role=successor":
+			os.Exit(successorRole(os.Args[2]))
+		case "role=inherit":
+			files, err := Inherited()
+			fmt.Println(len(files), err)
+			os.Exit(0)
+		case "role=hang":
+			os.Exit(hangRole(os.Args[2], os.Args[3]))
+		case "role=stranger": // dials, as a successor's grandchild would
+			_, where, _ := strings.Cut(os.Getenv(socketVariable), ":")
+			conn, err := net.Dial("unixpacket", where)
+			if err != nil {
+				os.Exit(1)
+			}
+			_, _ = conn.Read(make([]byte, 1))
+			os.Exit(0)
 		}
 	}
+	// The race detector's second at the end of every process, of which these tests have hundreds.
+	_ = os.Setenv("GORACE", os.Getenv("GORACE")+" atexit_sleep_ms=0")
 	before := openFDs("self")
 	code := m.Run()
 	if after := openFDs("self"); code == 0 && len(after) > len(before) {
@@ -43,7 +63,8 @@ func TestMain(m *testing.M) {
 
 func keepRole(dir string, command []string) int {
 	log := zap.Must(zap.NewDevelopment())
-	code, err := Keep(KeepOptions{Command: command, Trampoline: []string{os.Args[0], "role=exec"}, Dir: dir, Log: log})
+	watchdog, _ := time.ParseDuration(os.Getenv("KEEP_WATCHDOG"))
+	code, err := Keep(KeepOptions{Command: command, Trampoline: []string{os.Args[0], "role=exec"}, Dir: dir, Log: log, Watchdog: watchdog})
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "error:", err)
 		return 99
@@ -67,7 +88,7 @@ func daemonRole(control string) int {
 		fmt.Fprintln(conn, err)
 		return 96
 	}
-	d := &daemon{store: store, files: files}
+	d := &daemon{control: control, store: store, files: files}
 	names := make([]string, 0, len(files))
 	for name := range files {
 		names = append(names, name)
@@ -85,8 +106,9 @@ func daemonRole(control string) int {
 }
 
 type daemon struct {
-	store *Store
-	files map[string]*os.File
+	control string
+	store   *Store
+	files   map[string]*os.File
 }
 
 func (d *daemon) do(line []string) (string, error) {
@@ -107,6 +129,48 @@ func (d *daemon) do(line []string) (string, error) {
 			return "", err
 		}
 		return "", syscall.Kill(os.Getpid(), syscall.SIGKILL)
+	case "push-many": // push-many N: as many pipes
+		n, err := strconv.Atoi(line[1])
+		if err != nil {
+			return "", err
+		}
+		files := make([]NamedFile, n)
+		for i := range files {
+			r, w, err := os.Pipe()
+			if err != nil {
+				return "", err
+			}
+			defer r.Close()
+			defer w.Close()
+			files[i] = NamedFile{"o" + strconv.FormatInt(int64(i), 36), r}
+		}
+		return "ok", d.store.PushAll(files)
+	case "push-fifo": // push-fifo NAME: a FIFO of that name beside the control socket
+		path := filepath.Join(filepath.Dir(d.control), line[1])
+		if err := unix.Mkfifo(path, 0o600); err != nil {
+			return "", err
+		}
+		f, err := os.OpenFile(path, os.O_RDWR, 0)
+		if err != nil {
+			return "", err
+		}
+		defer f.Close()
+		return "ok", d.store.Push(line[1], f)
+	case "spawn": // a process as an upgrade starts it
+		cmd := exec.Command(os.Args[0], "role=daemon", d.control)
+		cmd.Env = append(os.Environ(), d.store.Environment()...)
+		return "ok", cmd.Start()
+	case "hang": // hang PATH: a process with a daemon below it that looks at a path
+		cmd := exec.Command(os.Args[0], "role=hang", d.control, line[1])
+		cmd.Env = append(os.Environ(), d.store.Environment()...)
+		return "ok", cmd.Start()
+	case "mainpid":
+		pid, err := strconv.Atoi(line[1])
+		return "ok", errorsJoin(err, d.store.MainPID(pid))
+	case "say": // say STATE
+		return "ok", errorsJoin(d.store.Notify(line[1]), d.store.barrier())
+	case "watchdog":
+		return d.store.Watchdog().String(), nil
 	case "remove":
 		return "ok", d.store.Remove(line[1])
 	case "ready":
@@ -118,6 +182,15 @@ func (d *daemon) do(line []string) (string, error) {
 	case "cloexec":
 		flags, err := unix.FcntlInt(d.files[line[1]].Fd(), unix.F_GETFD, 0)
 		return strconv.FormatBool(flags&unix.FD_CLOEXEC != 0), err
+	case "moved": // the one copy there is has a high number
+		base, err := Base()
+		copies := 0
+		for _, link := range openFDs("self") {
+			if strings.Contains(link, "memfd:"+line[1]+" ") {
+				copies++
+			}
+		}
+		return strconv.FormatBool(int(d.files[line[1]].Fd()) >= base && copies == 1), err
 	case "env":
 		return strconv.Quote(os.Getenv(line[1])), nil
 	case "exit":
@@ -164,6 +237,14 @@ const patience = 60 * time.Second
 
 func startKeeper(t *testing.T, command ...string) *keeperUnderTest {
 	t.Helper()
+	return startKeeperWith(t, func(dir string, command []string) []string {
+		return slices.Concat([]string{os.Args[0], "role=keep", dir}, command)
+	}, command...)
+}
+
+// startKeeperWith starts the keeper by the command line that line returns for its directory and what it is to run.
+func startKeeperWith(t *testing.T, line func(dir string, command []string) []string, command ...string) *keeperUnderTest {
+	t.Helper()
 	k := &keeperUnderTest{t: t, dir: t.TempDir(), log: make(chan string, 10000), exited: make(chan int, 1)}
 	control := filepath.Join(k.dir, "control")
 	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: control, Net: "unix"})
@@ -174,7 +255,8 @@ func startKeeper(t *testing.T, command ...string) *keeperUnderTest {
 	if len(command) == 0 {
 		command = []string{os.Args[0], "role=daemon", control}
 	}
-	k.cmd = exec.Command(os.Args[0], slices.Concat([]string{"role=keep", k.dir}, command)...)
+	argv := line(k.dir, command)
+	k.cmd = exec.Command(argv[0], argv[1:]...)
 	stderr, err := k.cmd.StderrPipe()
 	if err != nil {
 		t.Fatal(err)

@@ -4,13 +4,17 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"holdfast/state/crash"
 )
 
 // Errors of OpenStore.
@@ -29,36 +33,62 @@ const answerTime = 60 * time.Second
 
 // A Store is the place in the supervisor where descriptors outlive this process. Its methods may be called from any goroutine.
 type Store struct {
-	mu   sync.Mutex // one message, and the barrier behind it, at a time
-	conn *os.File   // unixgram, connected, non-blocking
+	socket   string
+	room     int           // $FDSTORE: how many descriptors it holds at most
+	watchdog time.Duration // $WATCHDOG_USEC
+	wakes    string        // $HOLDFAST_WAKES
+
+	mu       sync.Mutex      // one message, and the barrier behind it, at a time
+	conn     *os.File        // unixgram, connected, non-blocking
+	held     map[string]bool // the names the supervisor holds, or, after an error, may hold
+	verified *verified       // by the last Verify
 }
 
 // OpenStore finds the supervisor by $NOTIFY_SOCKET and takes what the supervisor said out of the environment, so that no child
-// mistakes itself for the daemon. Call it once, at start. The error is ErrNoSupervisor, ErrNoStore, ErrIndirect, or says what is
-// wrong with the variables.
+// mistakes itself for the daemon. Call it once, at start, after Inherited. The error is ErrNoSupervisor, ErrNoStore, ErrIndirect, or
+// says what is wrong with the variables.
 func OpenStore() (*Store, error) {
-	socket, room, direct := os.Getenv("NOTIFY_SOCKET"), os.Getenv("FDSTORE"), os.Getenv("SYSTEMD_EXEC_PID")
-	for _, v := range []string{"NOTIFY_SOCKET", "FDSTORE", "SYSTEMD_EXEC_PID"} {
+	env := map[string]string{}
+	for _, v := range []string{"NOTIFY_SOCKET", "FDSTORE", "SYSTEMD_EXEC_PID", "WATCHDOG_USEC", "WATCHDOG_PID", wakesVariable} {
+		env[v] = os.Getenv(v)
 		if err := os.Unsetenv(v); err != nil {
 			return nil, fmt.Errorf("take %s out of the environment: %w", v, err)
 		}
 	}
+	socket, self := env["NOTIFY_SOCKET"], strconv.Itoa(os.Getpid())
 	if socket == "" {
 		return nil, ErrNoSupervisor
 	}
 	if socket[0] != '/' && socket[0] != '@' {
 		return nil, fmt.Errorf("NOTIFY_SOCKET=%q is neither a path nor an abstract socket", socket)
 	}
-	if direct != "" && direct != strconv.Itoa(os.Getpid()) { // systemd sets it since 248
+	if direct := env["SYSTEMD_EXEC_PID"]; direct != "" && direct != self { // systemd sets it since 248
 		return nil, ErrIndirect
 	}
-	if room == "" {
+	if env["FDSTORE"] == "" {
 		return nil, ErrNoStore
 	}
-	if n, err := strconv.Atoi(room); err != nil || n < 1 {
-		return nil, fmt.Errorf("FDSTORE=%q is not a number of descriptors: %w", room, ErrNoStore)
+	room, err := strconv.Atoi(env["FDSTORE"])
+	if err != nil || room < 1 {
+		return nil, fmt.Errorf("FDSTORE=%q is not a number of descriptors: %w", env["FDSTORE"], ErrNoStore)
 	}
-	return dialStore(socket)
+	var watchdog time.Duration
+	if usec := env["WATCHDOG_USEC"]; usec != "" && (env["WATCHDOG_PID"] == "" || env["WATCHDOG_PID"] == self) {
+		n, err := strconv.ParseInt(usec, 10, 64)
+		if err != nil || n < 1 || n > int64(math.MaxInt64/time.Microsecond) {
+			return nil, fmt.Errorf("WATCHDOG_USEC=%q is not a number of microseconds", usec)
+		}
+		watchdog = time.Duration(n) * time.Microsecond
+	}
+	s, err := dialStore(socket)
+	if err != nil {
+		return nil, err
+	}
+	s.room, s.watchdog, s.wakes = room, watchdog, env[wakesVariable]
+	passed.mu.Lock()
+	defer passed.mu.Unlock()
+	s.Holds(passed.names...)
+	return s, nil
 }
 
 func dialStore(socket string) (*Store, error) {
@@ -73,19 +103,74 @@ func dialStore(socket string) (*Store, error) {
 	if err := unix.Connect(fd, &unix.SockaddrUnix{Name: socket}); err != nil {
 		return nil, errors.Join(fmt.Errorf("connect to the supervisor at %s: %w", socket, err), conn.Close())
 	}
-	return &Store{conn: conn}, nil
+	return &Store{socket: socket, conn: conn, held: map[string]bool{}}, nil
 }
 
-// Push gives the supervisor a copy of f to hold under name, which must not be held yet, and returns when the supervisor has worked
-// it off. The caller keeps f. After an error the supervisor may or may not hold it.
-func (s *Store) Push(name string, f *os.File) error {
-	if err := checkName(name); err != nil {
-		return fmt.Errorf("store a file descriptor: %w", err)
+// Holds says that the supervisor holds these names beside what it passed to this process: what a predecessor stored.
+func (s *Store) Holds(names ...string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, name := range names {
+		s.held[name] = true
 	}
-	// FDPOLL=0: without it systemd drops a descriptor that polls as hung up or in error, which a lifeline may do in passing.
-	err := s.sendFile("FDSTORE=1\nFDNAME="+name+"\nFDPOLL=0", f)
-	if err != nil {
-		return fmt.Errorf("store file descriptor %q: %w", name, err)
+}
+
+// Room is how many more descriptors the supervisor would hold. What socket units passed is counted as if it took room, which errs
+// on the safe side: the environment does not tell it apart.
+func (s *Store) Room() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.room - len(s.held)
+}
+
+// ErrFull means that the supervisor would drop another descriptor without a word (service_add_fd_store, systemd 252).
+var ErrFull = errors.New("the supervisor's store of file descriptors is full: raise FileDescriptorStoreMax= of the unit, " +
+	"and run systemctl daemon-reload and restart")
+
+// Push gives the supervisor a copy of f to hold under name, which must not be held yet, and returns when the supervisor has worked
+// it off. The caller keeps f. After an error the supervisor may or may not hold it: Remove it before it is pushed again.
+func (s *Store) Push(name string, f *os.File) error { return s.PushAll([]NamedFile{{name, f}}) }
+
+// PushAll is Push of several, each under its own name, with one wait for all. What there is no room for as a whole is not begun.
+func (s *Store) PushAll(files []NamedFile) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err := s.check(files); err != nil {
+		return fmt.Errorf("store file descriptors: %w", err)
+	}
+	for _, f := range files {
+		crash.Point("handover.store.before-push")
+		s.held[f.Name] = true
+		// FDPOLL=0: without it systemd drops a descriptor that polls as hung up or in error, which a lifeline may do in passing.
+		if err := s.sendFile("FDSTORE=1\nFDNAME="+f.Name+"\nFDPOLL=0", f.File); err != nil {
+			return fmt.Errorf("store file descriptor %q: %w", f.Name, err)
+		}
+	}
+	if len(files) == 0 {
+		return nil
+	}
+	crash.Point("handover.store.before-barrier")
+	if err := s.barrier(); err != nil {
+		return fmt.Errorf("store file descriptors (%q and %d more): %w", files[0].Name, len(files)-1, err)
+	}
+	crash.Point("handover.store.after-barrier")
+	return nil
+}
+
+// check says whether all of files can be pushed. It runs under mu.
+func (s *Store) check(files []NamedFile) error {
+	seen := make(map[string]bool, len(files))
+	for _, f := range files {
+		if err := checkName(f.Name); err != nil {
+			return err
+		}
+		if s.held[f.Name] || seen[f.Name] {
+			return fmt.Errorf("one is already stored as %q", f.Name)
+		}
+		seen[f.Name] = true
+	}
+	if len(s.held)+len(files) > s.room {
+		return fmt.Errorf("%d more than %d of at most %d: %w", len(files), len(s.held), s.room, ErrFull)
 	}
 	return nil
 }
@@ -97,11 +182,50 @@ func (s *Store) Remove(name string) error {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	crash.Point("handover.store.before-remove")
 	if err := errors.Join(s.send("FDSTOREREMOVE=1\nFDNAME="+name, nil), s.barrier()); err != nil {
 		return fmt.Errorf("remove stored file descriptor %q: %w", name, err)
 	}
+	crash.Point("handover.store.after-remove")
+	delete(s.held, name)
 	return nil
 }
+
+// MainPID tells the supervisor that the process with that id, which this one started, is the daemon from now on, and returns when the
+// supervisor has worked that off. By default a supervisor drops all that other processes send: what this process still has
+// to tell it, it tells before.
+func (s *Store) MainPID(pid int) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	crash.Point("handover.store.before-mainpid")
+	if err := errors.Join(s.send("MAINPID="+strconv.Itoa(pid), nil), s.barrier()); err != nil {
+		return fmt.Errorf("tell the supervisor of process %d: %w", pid, err)
+	}
+	crash.Point("handover.store.after-mainpid")
+	return nil
+}
+
+// Environment is what a successor must be started with to have the same supervisor. SYSTEMD_EXEC_PID, which names this process, and
+// what announces descriptors are not part of it.
+func (s *Store) Environment() []string {
+	env := []string{"NOTIFY_SOCKET=" + s.socket, "FDSTORE=" + strconv.Itoa(s.room)}
+	if s.watchdog > 0 {
+		env = append(env, "WATCHDOG_USEC="+strconv.FormatInt(s.watchdog.Microseconds(), 10))
+	}
+	if s.wakes != "" {
+		env = append(env, wakesVariable+"="+s.wakes)
+	}
+	return env
+}
+
+// Wakes says whether the supervisor starts this service again when the descriptor it holds under a name is readable and the service has ended.
+func (s *Store) Wakes(name string) bool {
+	return s.wakes == "*" || slices.Contains(strings.Split(s.wakes, ":"), name)
+}
+
+// Watchdog is how often to say WATCHDOG=1: half of what the supervisor allows before it kills this process (sd_watchdog_enabled(3)). Zero: it
+// does not watch.
+func (s *Store) Watchdog() time.Duration { return s.watchdog / 2 }
 
 // Notify tells the supervisor a state, such as "READY=1" or "STATUS=3 mounts", without waiting for it to read that.
 func (s *Store) Notify(state string) error {
@@ -114,21 +238,14 @@ func (s *Store) Notify(state string) error {
 func (s *Store) Close() error { return s.conn.Close() }
 
 func (s *Store) sendFile(text string, f *os.File) error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
 	// Not f.Fd(), which may make the shared open file description blocking.
 	raw, err := f.SyscallConn()
 	if err != nil {
 		return err
 	}
 	var sendErr error
-	if err := raw.Control(func(fd uintptr) { sendErr = s.send(text, unix.UnixRights(int(fd))) }); err != nil {
-		return err
-	}
-	if sendErr != nil {
-		return sendErr
-	}
-	return s.barrier()
+	err = raw.Control(func(fd uintptr) { sendErr = s.send(text, unix.UnixRights(int(fd))) })
+	return errors.Join(err, sendErr)
 }
 
 // barrier returns when the supervisor has worked off all that was sent before (sd_notify_barrier(3), systemd 246).

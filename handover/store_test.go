@@ -2,12 +2,15 @@ package handover
 
 import (
 	"errors"
+	"fmt"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"go.uber.org/zap/zaptest"
 	"golang.org/x/sys/unix"
@@ -28,7 +31,7 @@ func testHolder(t *testing.T) (*holder, func(text string, fds int)) {
 	}
 	t.Cleanup(func() {
 		for _, f := range h.held {
-			closeAll([]int{f.fd})
+			closeAll([]int{int(f.fd)})
 		}
 		if err := errors.Join(conn.Close(), h.close()); err != nil {
 			t.Error(err)
@@ -58,16 +61,17 @@ func TestPushSendsABarrierBehindTheDescriptor(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer s.Close()
+	s.room = 1
 	done := make(chan error, 1)
 	go func() { done <- s.Push("x", os.Stderr) }()
 	for _, held := range []int{1, 1} { // the descriptor, then the barrier
 		select {
 		case err := <-done:
 			t.Fatal("Push returned before the supervisor answered: ", err)
-		case <-readable(t, h):
+		case <-waiting(t, h):
 		}
 		h.mu.Lock()
-		more := h.next(make([]byte, maxDatagram+1), make([]byte, 256))
+		more := h.next()
 		h.mu.Unlock()
 		if !more || len(h.held) != held {
 			t.Fatalf("a datagram: %v, held %d, want %d", more, len(h.held), held)
@@ -78,8 +82,8 @@ func TestPushSendsABarrierBehindTheDescriptor(t *testing.T) {
 	}
 }
 
-// readable returns a channel that closes when a datagram waits.
-func readable(t *testing.T, h *holder) <-chan struct{} {
+// waiting returns a channel that closes when a datagram waits.
+func waiting(t *testing.T, h *holder) <-chan struct{} {
 	ch := make(chan struct{})
 	raw, err := h.sock.SyscallConn()
 	if err != nil {
@@ -120,6 +124,199 @@ func TestOpenStoreRefusesASupervisorThatWouldNotHold(t *testing.T) {
 				t.Fatalf("NOTIFY_SOCKET is left at %q for children to use", v)
 			}
 		})
+	}
+}
+
+// storeOf returns a store with that much room, and the holder at its other end, which works off what it is sent.
+func storeOf(t *testing.T, room int) (*Store, *holder) {
+	t.Helper()
+	h, _ := testHolder(t)
+	h.pid = os.Getpid()
+	go h.receive() // ends when the holder is closed
+	t.Setenv("NOTIFY_SOCKET", h.path)
+	t.Setenv("FDSTORE", itoa(room))
+	t.Setenv("SYSTEMD_EXEC_PID", "")
+	s, err := OpenStore()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { s.Close() })
+	return s, h
+}
+
+func TestNothingIsPushedThatTheSupervisorWouldDrop(t *testing.T) {
+	s, h := storeOf(t, 4)
+	s.Holds("of-a-predecessor")
+	if err := s.PushAll([]NamedFile{{"a", os.Stderr}, {"b", os.Stderr}}); err != nil {
+		t.Fatal(err)
+	}
+	if n := s.Room(); n != 1 {
+		t.Fatalf("room for %d", n)
+	}
+	if err := s.PushAll([]NamedFile{{"c", os.Stderr}, {"d", os.Stderr}}); !errors.Is(err, ErrFull) || !strings.Contains(err.Error(), "FileDescriptorStoreMax=") {
+		t.Fatalf("got %v", err)
+	}
+	for _, twice := range [][]NamedFile{{{"a", os.Stderr}}, {{"c", os.Stderr}, {"c", os.Stderr}}, {{"of-a-predecessor", os.Stderr}}} {
+		if err := s.PushAll(twice); err == nil || errors.Is(err, ErrFull) {
+			t.Fatalf("%v: got %v", twice, err)
+		}
+	}
+	if n, names := h.listing(); n != 2 || strings.Join(names, ",") != "a,b" {
+		t.Fatalf("held: %q", names)
+	}
+	if err := s.Remove("a"); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.PushAll([]NamedFile{{"a", os.Stderr}, {"c", os.Stderr}}); err != nil {
+		t.Fatal(err)
+	}
+	if n := s.Room(); n != 0 {
+		t.Fatalf("room for %d", n)
+	}
+}
+
+func TestInheritedDescriptorsTakeRoom(t *testing.T) {
+	passed.names = []string{"a", "b"}
+	defer func() { passed.names = nil }()
+	s, _ := storeOf(t, 3)
+	if n := s.Room(); n != 1 {
+		t.Fatalf("room for %d", n)
+	}
+	if err := s.Push("a", os.Stderr); err == nil {
+		t.Fatal("pushed twice")
+	}
+}
+
+func TestManyDescriptorsCostOneBarrier(t *testing.T) {
+	h, _ := testHolder(t)
+	h.pid = os.Getpid()
+	s, err := dialStore(h.path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	s.room = 3
+	done := make(chan error, 1)
+	go func() { done <- s.PushAll([]NamedFile{{"a", os.Stderr}, {"b", os.Stderr}, {"c", os.Stderr}}) }()
+	for i, held := range []int{1, 2, 3, 3} { // the descriptors, then the barrier
+		<-waiting(t, h)
+		h.mu.Lock()
+		more := h.next()
+		h.mu.Unlock()
+		if !more || len(h.held) != held {
+			t.Fatalf("datagram %d: %v, held %d, want %d", i, more, len(h.held), held)
+		}
+	}
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestWatchdogIsSaidTwiceInItsTime(t *testing.T) {
+	tests := []struct {
+		usec, pid string
+		want      time.Duration
+		bad       bool
+	}{
+		{"", "", 0, false}, {"3000000", itoa(os.Getpid()), 1500 * time.Millisecond, false}, {"3000000", "", 1500 * time.Millisecond, false},
+		{"3000000", "1", 0, false}, {"x", "1", 0, false}, {"x", "", 0, true}, {"0", "", 0, true}, {"-1", "", 0, true}, {"9223372036854775807", "", 0, true},
+	}
+	for _, tt := range tests {
+		h, _ := testHolder(t)
+		t.Setenv("NOTIFY_SOCKET", h.path)
+		t.Setenv("FDSTORE", "1")
+		t.Setenv("SYSTEMD_EXEC_PID", "")
+		t.Setenv("WATCHDOG_USEC", tt.usec)
+		t.Setenv("WATCHDOG_PID", tt.pid)
+		s, err := OpenStore()
+		if (err != nil) != tt.bad {
+			t.Errorf("%q for %q: %v", tt.usec, tt.pid, err)
+			continue
+		}
+		for _, v := range []string{"WATCHDOG_USEC", "WATCHDOG_PID"} {
+			if got := os.Getenv(v); got != "" {
+				t.Errorf("%s is left at %q for children to use", v, got)
+			}
+		}
+		if err == nil {
+			if got := s.Watchdog(); got != tt.want {
+				t.Errorf("%q for %q: %v, want %v", tt.usec, tt.pid, got, tt.want)
+			}
+			s.Close()
+		}
+	}
+}
+
+func TestSuccessorIsStartedWithTheSupervisorOfItsPredecessor(t *testing.T) {
+	t.Setenv("WATCHDOG_USEC", "3000000")
+	t.Setenv("WATCHDOG_PID", itoa(os.Getpid()))
+	s, _ := storeOf(t, 5)
+	env := s.Environment()
+	for _, v := range env {
+		name, value, _ := strings.Cut(v, "=")
+		t.Setenv(name, value)
+	}
+	again, err := OpenStore()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer again.Close()
+	if err := again.Push("x", os.Stderr); err != nil {
+		t.Fatal(err)
+	}
+	if again.Room() != 4 || again.Watchdog() != s.Watchdog() || s.Watchdog() != 1500*time.Millisecond {
+		t.Fatalf("room %d, watchdog %v, from %q", again.Room(), again.Watchdog(), env)
+	}
+}
+
+func TestVerifyNoticesWhatSystemdDropped(t *testing.T) {
+	s, _ := storeOf(t, 10)
+	theirs := 1
+	count := func() (int, error) { return theirs, nil }
+	s.Holds("of-a-socket-unit", "in-the-store")
+	if err := s.verify(count); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.PushAll([]NamedFile{{"a", os.Stderr}, {"b", os.Stderr}}); err != nil {
+		t.Fatal(err)
+	}
+	theirs = 2
+	if err := s.verify(count); err == nil || !strings.Contains(err.Error(), "holds 2 descriptors where there should be 3") {
+		t.Fatalf("got %v", err)
+	}
+	theirs = 3
+	if err := s.verify(count); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Remove("a"); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.verify(count); err == nil {
+		t.Fatal("one too many was not noticed")
+	}
+	theirs = 9
+	s.verified = nil
+	if err := s.verify(count); err == nil {
+		t.Fatal("more than there can be was not noticed")
+	}
+	if err := s.Verify(t.Context()); err != nil {
+		t.Fatalf("a keeper was asked over D-Bus: %v", err)
+	}
+}
+
+func TestUnitIsFoundInTheControlGroup(t *testing.T) {
+	tests := []struct{ text, want string }{
+		{"0::/system.slice/holdfast.service\n", "holdfast.service"},
+		{"0::/system.slice/holdfast.service/child\n", "holdfast.service"},
+		{"0::/system.slice/system-hf.slice/hf@a\\x2db.service\n", "hf@a\\x2db.service"},
+		{"0::/system.slice/_cpu.service\n", "cpu.service"},
+		{"3:cpu:/other.service\n1:name=systemd:/system.slice/holdfast.service\n0::/\n", "holdfast.service"},
+		{"0::/user.slice/session-1.scope\n", ""}, {"0::/\n", ""}, {"", ""}, {"noise", ""},
+	}
+	for _, tt := range tests {
+		if got, err := unitOf(tt.text); got != tt.want || (err != nil) != (tt.want == "") {
+			t.Errorf("%q: %q, %v", tt.text, got, err)
+		}
 	}
 }
 
@@ -200,8 +397,28 @@ func TestInheritingADescriptorThatIsNotThereIsAnError(t *testing.T) {
 	}
 }
 
+func TestInheritingWorksUnderASmallLimitOfOpenFiles(t *testing.T) {
+	for _, tt := range []struct {
+		limit, fds int
+		want       string
+	}{{64, 20, "20 <nil>"}, {64, 40, "raise LimitNOFILE="}} {
+		script := fmt.Sprintf("ulimit -n %d; LISTEN_PID=$$ exec %s role=inherit", tt.limit, os.Args[0])
+		cmd := exec.Command("/bin/sh", "-c", script)
+		names := make([]string, tt.fds)
+		for i := range names {
+			names[i] = fmt.Sprint("o", i)
+			cmd.ExtraFiles = append(cmd.ExtraFiles, os.Stderr)
+		}
+		cmd.Env = append(os.Environ(), "LISTEN_FDS="+itoa(tt.fds), "LISTEN_FDNAMES="+strings.Join(names, ":"))
+		out, err := cmd.CombinedOutput()
+		if err != nil || !strings.Contains(string(out), tt.want) {
+			t.Errorf("%d descriptors: %s, %v; want %q", tt.fds, out, err, tt.want)
+		}
+	}
+}
+
 func FuzzParseMessage(f *testing.F) {
-	for _, s := range []string{"FDSTORE=1\nFDNAME=fanotify\nFDPOLL=0", "BARRIER=1", "READY=1\nSTATUS=3 mounts\n", "FDSTOREREMOVE=1\nFDNAME=x", "", "=", "\xff"} {
+	for _, s := range []string{"FDSTORE=1\nFDNAME=fanotify\nFDPOLL=0", "BARRIER=1", "READY=1\nSTATUS=3 mounts\n", "FDSTOREREMOVE=1\nFDNAME=x", "MAINPID=17", "RELOADING=1\nWATCHDOG=1", "", "=", "\xff"} {
 		f.Add([]byte(s))
 	}
 	f.Fuzz(func(t *testing.T, b []byte) {
@@ -212,7 +429,7 @@ func FuzzParseMessage(f *testing.F) {
 		if (m.store || m.remove) && checkName(m.name) != nil {
 			t.Fatalf("%q: name %q let through", b, m.name)
 		}
-		if m.barrier && (m.store || m.remove) || m.store && m.remove {
+		if m.barrier && (m.store || m.remove || m.mainPID != 0) || m.store && m.remove {
 			t.Fatalf("%q: two orders in one: %+v", b, m)
 		}
 	})
@@ -223,7 +440,7 @@ func FuzzParseControl(f *testing.F) {
 	f.Add(unix.UnixCredentials(&unix.Ucred{Pid: 1}))
 	f.Add([]byte{})
 	f.Fuzz(func(t *testing.T, b []byte) {
-		fds, _, err := parseControl(b)
+		fds, _, err := parseControl(b, nil)
 		if err == nil && len(fds)*4 > len(b) {
 			t.Fatalf("%d descriptors out of %d bytes", len(fds), len(b))
 		}
