@@ -95,6 +95,8 @@ type Extent struct{ Off, Len int64 }
 // An Engine delivers the kernel's requests for data and takes the answers. All methods may be called from any
 // goroutine; those that take a Key fail with [ErrUnknown] for one that was not added.
 type Engine interface {
+	Successor
+
 	// Name is "cachefiles", "fanotify" or "simkernel".
 	Name() string
 
@@ -131,13 +133,13 @@ type Engine interface {
 	// BlockSize; p should come from AlignedBuffer. ErrNotOpen: cachefiles, while nothing has the object open.
 	// ErrNoSpace: the cache or its file system is full.
 	WriteAt(k Key, p []byte, off int64) error
-	// ReadAt reads cached bytes back, without raising a request, where the engine can (fanotify, simkernel);
-	// elsewhere the error wraps errors.ErrUnsupported. A hole reads as zeros.
+	// ReadAt reads cached bytes back, without raising a request, where the engine can (fanotify, simkernel; cachefiles: an object
+	// that the kernel has not opened since the cache was bound); elsewhere the error wraps errors.ErrUnsupported. A hole reads as zeros.
 	ReadAt(k Key, p []byte, off int64) error
 	// Present returns the extents of the object's cache file that hold data, in order. What a power failure left is
 	// listed too: across boots it proves nothing (I5).
 	Present(k Key) ([]Extent, error)
-	// Drop makes holes of an extent again, where the engine can (fanotify, simkernel; else errors.ErrUnsupported).
+	// Drop makes holes of an extent again, where the engine can read it back (else errors.ErrUnsupported).
 	// Only for bytes no reader was given.
 	Drop(k Key, e Extent) error
 	// Complete says that every byte of the object was written: from here on the kernel need not ask (fanotify removes its

@@ -8,6 +8,9 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"holdfast/fscache"
+	"holdfast/state/crash"
 )
 
 // devicePath is the cachefiles device (fs/cachefiles/main.c, a misc device).
@@ -16,12 +19,34 @@ const devicePath = "/dev/cachefiles"
 // anonName is what /proc/self/fd shows of an object's descriptor (ondemand.c, cachefiles_ondemand_get_fd).
 const anonName = "anon_inode:[cachefiles]"
 
-// A device is an open /dev/cachefiles in Go's poller.
+// A device is an open /dev/cachefiles.
 type device struct {
-	f   *os.File
-	raw syscall.RawConn
-	buf [CACHEFILES_MSG_MAX_SIZE]byte // guarded by f's read lock, which raw.Read holds
+	f     *os.File      // for commands, and the lifeline; never in the poller
+	inbox fscache.Inbox // nil: requests are read into private memory
+
+	// Set by start, before anything reads.
+	polled *os.File // a copy of f in Go's poller
+	raw    syscall.RawConn
+
+	// The slot for the next request. Guarded by raw's read lock, which raw.Read holds.
+	slot    int
+	buf     []byte // nil: none was taken
+	private [CACHEFILES_MSG_MAX_SIZE]byte
 }
+
+// noSlot is the slot of a request that is in none.
+const noSlot = -1
+
+// A delivery is what one read(2) of the device brought.
+type delivery struct {
+	m    Message
+	anon *os.File // the object's descriptor, of an OPEN
+	n    int      // bytes
+	slot int      // where they are, to be freed when the request is answered; noSlot: nowhere
+}
+
+// errStarved means that every slot of the inbox is lent: what is pending stays in the kernel until one is free.
+var errStarved = errors.New("no free slot in the inbox")
 
 // openDevice opens the device. Nobody else has it then: it has one opener at a time.
 func openDevice() (*os.File, error) {
@@ -41,12 +66,11 @@ func openDevice() (*os.File, error) {
 	return os.NewFile(uintptr(fd), devicePath), nil
 }
 
-// pollable puts the device into Go's poller, which polls it at once: `restore` must have been written before
-// (CVE-2024-39510, CVE-2024-40899, CVE-2024-42250). f is closed.
-func pollable(f *os.File) (*device, error) {
-	defer f.Close()
+// start puts a copy of the device into Go's poller, which polls it at once: `restore` must have been written before
+// (CVE-2024-39510, CVE-2024-40899, CVE-2024-42250).
+func (d *device) start() error {
 	var dup int
-	err := control(f, func(fd int) (err error) {
+	err := control(d.f, func(fd int) (err error) {
 		if dup, err = unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0); err != nil {
 			return fmt.Errorf("dup of %s: %w", devicePath, err)
 		}
@@ -58,41 +82,99 @@ func pollable(f *os.File) (*device, error) {
 		return nil
 	})
 	if err != nil {
-		return nil, err
+		return err
 	}
-	d := &device{f: os.NewFile(uintptr(dup), devicePath)}
-	if err := d.f.SetReadDeadline(time.Time{}); err != nil {
-		_ = d.f.Close()
-		return nil, fmt.Errorf("%s cannot be polled: %w", devicePath, err)
+	polled := os.NewFile(uintptr(dup), devicePath)
+	if err := polled.SetReadDeadline(time.Time{}); err != nil {
+		_ = polled.Close()
+		return fmt.Errorf("%s cannot be polled: %w", devicePath, err)
 	}
-	if d.raw, err = d.f.SyscallConn(); err != nil {
-		_ = d.f.Close()
-		return nil, err
+	raw, err := polled.SyscallConn()
+	if err != nil {
+		_ = polled.Close()
+		return err
 	}
-	return d, nil
+	d.polled, d.raw = polled, raw
+	return nil
 }
 
-// read waits for one message. For an OPEN, anon is the object's descriptor. Errors are the kernel's errno, a
-// *MalformedError (the message then holds its header, if bytes says so), or those of a file that is closed or past its deadline.
-func (d *device) read() (m Message, anon *os.File, bytes int, err error) {
+// interrupt makes a read that waits return os.ErrDeadlineExceeded, and every later one until resume.
+func (d *device) interrupt() error {
+	if d.polled == nil {
+		return nil
+	}
+	if err := d.polled.SetReadDeadline(time.Unix(1, 0)); err != nil && !errors.Is(err, os.ErrClosed) {
+		return fmt.Errorf("stop reading %s: %w", devicePath, err)
+	}
+	return nil
+}
+
+// resume undoes interrupt.
+func (d *device) resume() error { return d.polled.SetReadDeadline(time.Time{}) }
+
+// read waits for one message. Errors are errStarved, the kernel's errno, a *MalformedError (the message then holds its header,
+// if n says so), or those of a file that is closed or past its deadline. The delivery's slot is lent whatever the error.
+//
+// The kernel writes the message straight into a slot of the inbox: from the instruction at which it is no longer the kernel's to
+// deliver it is on record (I2).
+func (d *device) read() (got delivery, err error) {
+	got.slot = noSlot
 	var readErr error
 	err = d.raw.Read(func(fd uintptr) bool {
+		if !d.lend() {
+			readErr = errStarved
+			return true
+		}
 		// The kernel hands the object's descriptor out without close-on-exec: no fork may come in between.
 		syscall.ForkLock.RLock()
 		defer syscall.ForkLock.RUnlock()
-		bytes, readErr = unix.Read(int(fd), d.buf[:])
+		got.n, readErr = unix.Read(int(fd), d.buf)
 		switch {
 		case readErr != nil:
-			return true
-		case bytes == 0:
+			got.n = 0
+			return true // nothing was written (cachefiles_ondemand_daemon_read): the slot serves the next
+		case got.n == 0:
 			return false // no request (cachefiles_ondemand_daemon_read), not the end of anything
 		}
-		if m, readErr = DecodeMessage(d.buf[:bytes]); readErr == nil && m.Opcode == CACHEFILES_OP_OPEN {
-			anon, readErr = own(int(m.Open.FD))
+		crash.Point("cachefiles.next.after-read")
+		got.slot = d.slot
+		if got.m, readErr = DecodeMessage(d.buf[:got.n]); readErr == nil && got.m.Opcode == CACHEFILES_OP_OPEN {
+			got.anon, readErr = own(int(got.m.Open.FD))
 		}
+		d.buf = nil
 		return true
 	})
-	return m, anon, bytes, errors.Join(err, readErr)
+	return got, errors.Join(err, readErr)
+}
+
+// lend takes a slot, unless there is one. It returns false while all are lent.
+func (d *device) lend() bool {
+	if d.buf != nil {
+		return true
+	}
+	if d.inbox == nil {
+		d.slot, d.buf = noSlot, d.private[:]
+		return true
+	}
+	slot, p, ok := d.inbox.Take()
+	if !ok {
+		return false
+	}
+	d.slot, d.buf = slot, p[:CACHEFILES_MSG_MAX_SIZE]
+	return true
+}
+
+// close closes the device, the lifeline last, and gives back the slot that was taken for a request that did not come.
+func (d *device) close() error {
+	var err error
+	if d.polled != nil {
+		err = d.polled.Close()
+	}
+	if d.buf != nil && d.slot != noSlot {
+		d.inbox.Free(d.slot)
+	}
+	d.buf = nil
+	return errors.Join(err, d.f.Close())
 }
 
 // own takes the descriptor that a message names. It must be one of cachefiles': a message that lies must not make us

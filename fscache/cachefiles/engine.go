@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"go.uber.org/zap"
@@ -15,6 +16,7 @@ import (
 
 	"holdfast/fscache"
 	"holdfast/fscache/internal/erofs"
+	"holdfast/state/crash"
 )
 
 // Name is the engine's name.
@@ -30,10 +32,16 @@ type Config struct {
 	// Tag is the cache's name in the kernel (`tag`); "holdfast" if empty. Two caches of one kernel need two tags.
 	Tag string
 
-	// Device is the device a process that is gone, or PID 1, had open, or nil. Open takes it over whatever it returns.
-	// What that process read and did not answer is delivered again (Linux 6.8 on). Objects that mounts use must all be
-	// added before the first Next: an open of an object not known is refused.
-	Device *os.File
+	// Inherited is what a process that is gone left, or, in a hot upgrade, one that lives lends; or a device that PID 1 opened and
+	// nobody used. Objects that mounts use must all be added before the first Next: an open of an object not known is refused.
+	Inherited fscache.Inherited
+
+	// Inbox is where the kernel writes requests, so that they outlive the process. Nil: private memory.
+	Inbox fscache.Inbox
+
+	// Holder keeps the descriptors of open objects beyond the process. Nil: they go with it, and the kernel opens the objects
+	// again (Linux 6.8 on) or never (before).
+	Holder fscache.Holder
 
 	Log *zap.Logger // nil: silent
 }
@@ -43,49 +51,74 @@ type Engine struct {
 	log     *zap.Logger
 	dir     *os.File // the cache directory
 	dev     *device
+	holder  fscache.Holder
 	adopted bool // the kernel may have objects open that this process knows nothing of
+	fresh   bool // this engine bound the cache: what it did not see opened is not open
 
-	reading sync.RWMutex // read-held by Next; held by Close to wait for it. Taken before mu.
+	reading sync.RWMutex  // read-held by Next; held by Close to wait for it. Taken before turn and mu.
+	turn    sync.Mutex    // held by the Next that reads. Taken before mu.
+	nudge   chan struct{} // room for one: a slot is free, or there is something in queue
+	heard   atomic.Bool   // somebody was in Next: what the kernel closes is heard of
 
-	mu      sync.Mutex // guards what follows; never held over a system call that can wait
-	objects map[fscache.Key]*object
-	domains map[string]string  // of the objects added so far, by the name the kernel has for them
-	handles map[uint32]*handle // by the kernel's object id
-	pending map[uint64]*request
-	byMsg   map[uint32]*request // the newest of each message id, while it is pending
-	token   uint64
-	changed chan struct{} // closed and replaced when an object is opened, refused or closed
-	closed  bool
+	mu       sync.Mutex // guards what follows; never held over a system call that can wait
+	objects  map[fscache.Key]*object
+	used     map[fscache.Key]bool // the kernel has had it open since the cache was bound
+	domains  map[string]string    // of the objects added so far, by the name the kernel has for them
+	handles  map[uint32]*handle   // by the kernel's object id
+	pending  map[uint64]*request
+	byMsg    map[uint32]*request // the newest of each message id, while it is pending
+	queue    []queued            // what a predecessor read, for Next
+	expected map[uint32]fscache.Pending
+	token    uint64
+	changed  chan struct{} // closed and replaced when an object is opened, refused or closed
+	waiting  bool          // for Expect: the predecessor reads
+	frozen   bool
+	stopped  chan struct{} // closed while frozen
+	closed   bool
 }
 
-// An object is what was added.
+// An object is what was added, or what a predecessor had open.
 type object struct {
 	key     fscache.Key
 	size    int64
+	added   bool    // the caller knows of it. Guarded by Engine.mu.
 	handle  *handle // nil: not open in the kernel, as far as known. Guarded by Engine.mu.
 	refused error   // why the last open was refused. Guarded by Engine.mu.
+	file    file    // while the kernel has not had it open
 }
 
 // A request is one that the kernel waits for and we have not answered.
 type request struct {
-	op     fscache.Op
-	msg    uint32
-	handle *handle
-	gone   bool // the kernel gave its message id to a newer one
+	op       fscache.Op
+	msg      uint32
+	handle   *handle
+	off, len int64   // OpRead
+	slot     int     // in the inbox, or noSlot
+	stale    *handle // OpOpen: an earlier opening, which is over; may be nil
+	gone     bool    // the kernel gave its message id to a newer one
+	taken    bool    // it is being answered
 }
 
-var _ fscache.Engine = (*Engine)(nil)
+var (
+	_ fscache.Engine    = (*Engine)(nil)
+	_ fscache.Successor = (*Engine)(nil)
+)
 
 // Open makes an engine. Errors say what the kernel or the directory lacks.
 func Open(c Config) (*Engine, error) {
 	e := &Engine{
-		log:     c.Log,
-		objects: make(map[fscache.Key]*object),
-		domains: make(map[string]string),
-		handles: make(map[uint32]*handle),
-		pending: make(map[uint64]*request),
-		byMsg:   make(map[uint32]*request),
-		changed: make(chan struct{}),
+		log:      c.Log,
+		holder:   c.Holder,
+		nudge:    make(chan struct{}, 1),
+		stopped:  make(chan struct{}),
+		objects:  make(map[fscache.Key]*object),
+		used:     make(map[fscache.Key]bool),
+		domains:  make(map[string]string),
+		handles:  make(map[uint32]*handle),
+		pending:  make(map[uint64]*request),
+		byMsg:    make(map[uint32]*request),
+		expected: make(map[uint32]fscache.Pending),
+		changed:  make(chan struct{}),
 	}
 	if e.log == nil {
 		e.log = zap.NewNop()
@@ -100,9 +133,19 @@ func Open(c Config) (*Engine, error) {
 }
 
 func (e *Engine) open(c Config) (err error) {
-	f := c.Device
+	f := c.Inherited.Lifeline
 	defer func() {
-		if err != nil && f != nil {
+		if err == nil {
+			return
+		}
+		// ORDER: objects before the device, as in Close.
+		for _, h := range c.Inherited.Objects {
+			_ = h.File.Close() // a second time for some, which is nothing
+		}
+		if e.dir != nil {
+			_ = e.dir.Close()
+		}
+		if f != nil {
 			_ = f.Close()
 		}
 	}()
@@ -112,26 +155,23 @@ func (e *Engine) open(c Config) (err error) {
 	if err := os.MkdirAll(c.Dir, 0o700); err != nil {
 		return err
 	}
+	if e.dir, err = os.Open(c.Dir); err != nil {
+		return err
+	}
 	if f == nil {
 		if f, err = openDevice(); err != nil {
 			return err
 		}
+		e.dev, e.fresh = &device{f: f, inbox: c.Inbox}, true
 		err = bind(f, c)
 	} else {
-		e.adopted, err = adopt(f, c, e.log)
+		e.dev = &device{f: f, inbox: c.Inbox}
+		err = e.takeOver(c)
 	}
-	if err != nil {
+	if err != nil || e.waiting {
 		return err
 	}
-	if e.dir, err = os.Open(c.Dir); err != nil {
-		return err
-	}
-	e.dev, err = pollable(f)
-	if err != nil {
-		_ = e.dir.Close()
-	}
-	f = nil
-	return err
+	return e.dev.start()
 }
 
 // checkConfig refuses what the kernel's command parser would cut short (daemon.c, cachefiles_daemon_write).
@@ -156,7 +196,9 @@ func bind(f *os.File, c Config) error {
 			return err
 		}
 	}
+	crash.Point("cachefiles.bind.before-bind")
 	err := command(f, "bind ondemand")
+	crash.Point("cachefiles.bind.after-bind")
 	switch {
 	case errors.Is(err, unix.EINVAL):
 		return fmt.Errorf("%w: the kernel was built without CONFIG_CACHEFILES_ONDEMAND", err)
@@ -166,38 +208,6 @@ func bind(f *os.File, c Config) error {
 		return fmt.Errorf("%w: the directory's file system is mounted read-only", err)
 	}
 	return err
-}
-
-// adopt makes an inherited device deliver again what a process that is gone had read. It says whether the device had a
-// cache bound to it; one that PID 1 opened and nobody used yet has not, and is bound.
-func adopt(f *os.File, c Config, log *zap.Logger) (bool, error) {
-	err := control(f, func(fd int) error {
-		// The name alone may be that of another mount namespace.
-		link, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", fd))
-		if err != nil || filepath.Base(link) != filepath.Base(devicePath) {
-			return fmt.Errorf("inherited fd %d is %q, not %s (%v)", fd, link, devicePath, err)
-		}
-		return nil
-	})
-	if err != nil {
-		return false, err
-	}
-	// ORDER: restore before anything polls or reads, and once: two processes or threads that see requests become new
-	// again while they read free them twice on kernels before 6.9.6 (CVE-2024-39510, CVE-2024-40899).
-	err = command(f, "restore")
-	if err == nil {
-		return true, nil
-	}
-	if !errors.Is(err, unix.EOPNOTSUPP) {
-		return false, err
-	}
-	// The kernel has no `restore` (before 6.8), or no cache is bound.
-	err = bind(f, c)
-	if errors.Is(err, unix.EBUSY) {
-		log.Warn("the kernel cannot deliver again what the last process left unanswered (restore: Linux 6.8): readers that waited for it stay asleep until killed")
-		return true, nil
-	}
-	return false, err
 }
 
 // Name implements fscache.Engine.
@@ -219,10 +229,11 @@ func (e *Engine) Add(ctx context.Context, o fscache.Object) error {
 	if e.closed {
 		return fscache.ErrClosed
 	}
-	if known := e.objects[o.Key]; known != nil {
-		if known.size != o.Size {
-			return fmt.Errorf("object %s was added with %d bytes, now with %d: the same blob cannot have two sizes", o.Key, known.size, o.Size)
-		}
+	known := e.objects[o.Key]
+	if known != nil && known.size != o.Size {
+		return fmt.Errorf("object %s was added with %d bytes, now with %d: the same blob cannot have two sizes", o.Key, known.size, o.Size)
+	}
+	if known != nil && known.added {
 		return nil
 	}
 	volume := volumeOf(o.Key.Domain)
@@ -230,7 +241,12 @@ func (e *Engine) Add(ctx context.Context, o fscache.Object) error {
 		return fmt.Errorf("object %s: its domain and %s have one name in the kernel, %s: use another domain", o.Key, other, volume)
 	}
 	e.domains[volume] = o.Key.Domain
-	e.objects[o.Key] = &object{key: o.Key, size: o.Size}
+	if known == nil {
+		known = &object{key: o.Key, size: o.Size}
+		known.file.used = !e.fresh || e.used[o.Key]
+		e.objects[o.Key] = known
+	}
+	known.added = true
 	return nil
 }
 
@@ -239,7 +255,7 @@ func (e *Engine) object(k fscache.Key) (*object, error) {
 	if e.closed {
 		return nil, fscache.ErrClosed
 	}
-	if o := e.objects[k]; o != nil {
+	if o := e.objects[k]; o != nil && o.added {
 		return o, nil
 	}
 	return nil, fmt.Errorf("object %s: %w", k, fscache.ErrUnknown)
@@ -259,13 +275,18 @@ func (e *Engine) openObject(k fscache.Key) (*object, *handle, error) {
 	return o, o.handle, nil
 }
 
-// closePatience is how long Remove waits for the kernel to close an object, which a worker of its does after an unmount.
+// closePatience is how long Remove waits for the kernel to close an object, which a worker of its does after an unmount. Before the first
+// Next there is nothing to wait for, and readers who wait for that.
 const closePatience = 2 * time.Second
 
 // Remove implements fscache.Engine. After a takeover the kernel has objects open that it did not ask this process for; what
 // it mounts by name, bootstraps, is known even then.
 func (e *Engine) Remove(k fscache.Key) error {
-	timeout := time.NewTimer(closePatience)
+	patience := time.Duration(0)
+	if e.heard.Load() {
+		patience = closePatience
+	}
+	timeout := time.NewTimer(patience)
 	defer timeout.Stop()
 	for {
 		changed, err := e.remove(k)
@@ -282,6 +303,8 @@ func (e *Engine) Remove(k fscache.Key) error {
 
 // remove removes an object that is closed; of one that is open and may be about to be closed it returns what to wait for.
 func (e *Engine) remove(k fscache.Key) (changed <-chan struct{}, err error) {
+	var over *handle
+	defer func() { e.drop(over) }()
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	o, err := e.object(k)
@@ -290,6 +313,11 @@ func (e *Engine) remove(k fscache.Key) (changed <-chan struct{}, err error) {
 	}
 	if lives, err := erofs.Lives(mountName(k)); err != nil || lives {
 		return nil, fmt.Errorf("object %s is mounted: %w", k, errors.Join(err, fscache.ErrBusy))
+	}
+	// The predecessor may have died with the kernel's CLOSE, or refused the open that this was inherited for.
+	if h := o.handle; h != nil && h.inherited && !h.attached() {
+		over = h
+		e.release(h)
 	}
 	if o.handle != nil {
 		return e.changed, nil
@@ -313,23 +341,62 @@ func (e *Engine) WriteAt(k fscache.Key, p []byte, off int64) error {
 	return h.writeAt(p, off)
 }
 
-// ReadAt implements fscache.Engine: cachefiles cannot, the object's descriptor is write-only.
-func (e *Engine) ReadAt(k fscache.Key, _ []byte, _ int64) error {
-	return fmt.Errorf("reading object %s back: %w", k, errors.ErrUnsupported)
+// ReadAt implements fscache.Engine, for objects that the kernel has not opened since this engine bound the cache. Of the others
+// it cannot: the object's descriptor is write-only, and the file is the kernel's.
+func (e *Engine) ReadAt(k fscache.Key, p []byte, off int64) error {
+	o, err := e.known(k)
+	if err != nil {
+		return err
+	}
+	if err := o.check(off, int64(len(p))); err != nil {
+		return err
+	}
+	if err := e.readFile(o, p, off); err != nil {
+		return fmt.Errorf("reading object %s back: %w", k, err)
+	}
+	return nil
 }
 
-// Drop implements fscache.Engine: cachefiles cannot, but for a whole object that is not in use (`cull`).
-func (e *Engine) Drop(k fscache.Key, _ fscache.Extent) error {
-	return fmt.Errorf("dropping data of object %s: %w", k, errors.ErrUnsupported)
+// Drop implements fscache.Engine, for the objects that ReadAt can read.
+func (e *Engine) Drop(k fscache.Key, x fscache.Extent) error {
+	o, err := e.known(k)
+	if err != nil {
+		return err
+	}
+	if err := o.check(x.Off, x.Len); err != nil {
+		return err
+	}
+	if err := e.punchFile(o, x); err != nil {
+		return fmt.Errorf("dropping data of object %s: %w", k, err)
+	}
+	return nil
 }
 
 // Present implements fscache.Engine. ErrNotOpen: nothing has the object open, and its cache file, if it has one, is the kernel's.
 func (e *Engine) Present(k fscache.Key) ([]fscache.Extent, error) {
+	o, err := e.known(k)
+	if err != nil {
+		return nil, err
+	}
+	extents, err := e.fileExtents(o)
+	if !errors.Is(err, errors.ErrUnsupported) {
+		if err != nil {
+			err = fmt.Errorf("finding the data of object %s: %w", k, err)
+		}
+		return extents, err
+	}
 	o, h, err := e.openObject(k)
 	if err != nil {
 		return nil, err
 	}
 	return h.present(o.size)
+}
+
+// known finds what was added.
+func (e *Engine) known(k fscache.Key) (*object, error) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.object(k)
 }
 
 // Complete implements fscache.Engine. The kernel finds out by itself: it asks for holes only.
@@ -353,11 +420,21 @@ func (e *Engine) Sync(k fscache.Key) error {
 	return nil
 }
 
-// Freeze implements fscache.Engine.
+// Freeze implements fscache.Engine. When it returns nothing more is read (I6), and what was read is in Pending.
 func (e *Engine) Freeze() error {
-	if err := e.dev.f.SetReadDeadline(time.Unix(1, 0)); err != nil && !errors.Is(err, os.ErrClosed) {
-		return fmt.Errorf("stop reading %s: %w", devicePath, err)
+	e.mu.Lock()
+	if !e.frozen {
+		e.frozen = true
+		close(e.stopped)
 	}
+	err := e.dev.interrupt()
+	e.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	// A Next that was about to read when it was interrupted may still get a request.
+	e.turn.Lock()
+	defer e.turn.Unlock()
 	return nil
 }
 
@@ -381,7 +458,7 @@ func (e *Engine) Close() error {
 	for _, h := range e.handles {
 		err = errors.Join(err, h.f.Close())
 	}
-	return errors.Join(err, e.dir.Close(), e.dev.f.Close())
+	return errors.Join(err, e.dir.Close(), e.dev.close())
 }
 
 // announce wakes everybody who waits for an object to be opened. e.mu is held.

@@ -466,8 +466,8 @@ func TestDescriptorThatIsNoObjectsIsNotTaken(t *testing.T) {
 func TestReusedMessageIDMeansTheFirstReaderIsGone(t *testing.T) {
 	e := &Engine{pending: make(map[uint64]*request), byMsg: make(map[uint32]*request)}
 	h := &handle{object: &object{}}
-	first := e.track(fscache.OpRead, 5, h)
-	second := e.track(fscache.OpClose, 5, h)
+	first := e.track(fscache.OpRead, delivery{m: Message{ID: 5}, slot: noSlot}, h)
+	second := e.track(fscache.OpClose, delivery{m: Message{ID: 5}, slot: noSlot}, h)
 	if err := e.Answer(first, fscache.OK); !errors.Is(err, fscache.ErrGone) {
 		t.Errorf("the first request: %v, want ErrGone", err)
 	}

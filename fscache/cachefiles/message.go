@@ -70,7 +70,7 @@ func DecodeMessage(b []byte) (Message, error) {
 		Opcode:   binary.NativeEndian.Uint32(b[4:]),
 		ObjectID: binary.NativeEndian.Uint32(b[12:]),
 	}
-	if n := binary.NativeEndian.Uint32(b[8:]); uint64(n) != uint64(len(b)) {
+	if n := messageLength(b); uint64(n) != uint64(len(b)) {
 		return m, &MalformedError{Field: "len", Value: uint64(n), Have: len(b)}
 	}
 	body := b[msgLen:]
@@ -89,6 +89,9 @@ func DecodeMessage(b []byte) (Message, error) {
 	}
 	return m, err
 }
+
+// messageLength is what a message says of its own length. b has a header.
+func messageLength(b []byte) uint32 { return binary.NativeEndian.Uint32(b[8:]) }
 
 // decodeOpen reads struct cachefiles_open: u32 volume_key_size (with the NUL), cookie_key_size, fd, flags, the two keys.
 func decodeOpen(b []byte) (OpenBody, error) {
@@ -133,4 +136,26 @@ func decodeRead(b []byte) (ReadBody, error) {
 		return ReadBody{}, &MalformedError{Field: "len of the range", Value: n, Have: len(b)}
 	}
 	return ReadBody{Off: int64(off), Len: int64(n)}, nil
+}
+
+// encode lays a message out as the kernel does, for a successor that has only a record of it.
+func encode(m Message) []byte {
+	var body []byte
+	ne := binary.NativeEndian
+	switch m.Opcode {
+	case CACHEFILES_OP_OPEN:
+		body = ne.AppendUint32(body, uint32(len(m.Open.Volume)+1))
+		body = ne.AppendUint32(body, uint32(len(m.Open.Cookie)))
+		body = ne.AppendUint32(body, uint32(m.Open.FD))
+		body = ne.AppendUint32(body, m.Open.Flags)
+		body = append(body, m.Open.Volume+"\x00"+m.Open.Cookie...)
+	case CACHEFILES_OP_READ:
+		body = ne.AppendUint64(body, uint64(m.Read.Off))
+		body = ne.AppendUint64(body, uint64(m.Read.Len))
+	}
+	b := ne.AppendUint32(nil, m.ID)
+	b = ne.AppendUint32(b, m.Opcode)
+	b = ne.AppendUint32(b, uint32(msgLen+len(body)))
+	b = ne.AppendUint32(b, m.ObjectID)
+	return append(b, body...)
 }

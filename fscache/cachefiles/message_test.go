@@ -11,28 +11,6 @@ import (
 	"testing"
 )
 
-// encode lays a message out, the other way round.
-func encode(m Message) []byte {
-	var body []byte
-	ne := binary.NativeEndian
-	switch m.Opcode {
-	case CACHEFILES_OP_OPEN:
-		body = ne.AppendUint32(body, uint32(len(m.Open.Volume)+1))
-		body = ne.AppendUint32(body, uint32(len(m.Open.Cookie)))
-		body = ne.AppendUint32(body, uint32(m.Open.FD))
-		body = ne.AppendUint32(body, m.Open.Flags)
-		body = append(body, m.Open.Volume+"\x00"+m.Open.Cookie...)
-	case CACHEFILES_OP_READ:
-		body = ne.AppendUint64(body, uint64(m.Read.Off))
-		body = ne.AppendUint64(body, uint64(m.Read.Len))
-	}
-	b := ne.AppendUint32(nil, m.ID)
-	b = ne.AppendUint32(b, m.Opcode)
-	b = ne.AppendUint32(b, uint32(msgLen+len(body)))
-	b = ne.AppendUint32(b, m.ObjectID)
-	return append(b, body...)
-}
-
 var messages = map[string]Message{
 	"open": {ID: 7, Opcode: CACHEFILES_OP_OPEN, ObjectID: 3, Open: OpenBody{FD: 11, Flags: 5, Volume: "erofs,d", Cookie: "blob"}},
 	"open with a binary key": {

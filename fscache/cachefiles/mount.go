@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"time"
 
 	"go.uber.org/zap"
@@ -11,6 +12,7 @@ import (
 
 	"holdfast/fscache"
 	"holdfast/fscache/internal/erofs"
+	"holdfast/state/crash"
 )
 
 // How long Mount waits for the kernel's own work, which nothing announces: a worker that sends an open request, and the
@@ -26,7 +28,7 @@ const (
 func (e *Engine) AsksForBootstrap() bool { return true }
 
 // Mount implements fscache.Engine. It returns when every blob is open and can be written to; one whose open is refused
-// fails the mount. mount(2) itself waits, killable only, for answers: ctx ends the rest.
+// fails the mount. When ctx ends it returns at once; the kernel takes its part of the mount back when the bootstrap's open is answered.
 func (e *Engine) Mount(ctx context.Context, m fscache.Mount) error {
 	if err := ctx.Err(); err != nil {
 		return err
@@ -52,15 +54,22 @@ func (e *Engine) mount(ctx context.Context, m fscache.Mount) error {
 	for _, b := range m.Blobs {
 		options = append(options, erofs.Option{Name: "device", Value: b.Key.ID})
 	}
-	fd, err := erofs.New(options)
+	// Not in this process: it would sleep until the bootstrap's open is answered, and could not die. Its successor, which alone can answer
+	// it then, waits for the locks it has.
+	crash.Point("cachefiles.mount.before-new")
+	fd, err := erofs.NewApart(ctx, options)
 	if err != nil {
 		return e.mountError(m, err)
 	}
 	defer unix.Close(fd)
+	crash.Point("cachefiles.mount.after-new")
 	if err := e.waitOpen(ctx, m.Blobs); err != nil {
 		return err
 	}
-	return erofs.Attach(fd, m.Dir)
+	crash.Point("cachefiles.mount.before-attach")
+	err = erofs.Attach(fd, m.Dir)
+	crash.Point("cachefiles.mount.after-attach")
+	return err
 }
 
 // checkMount refuses what the kernel would take wrongly, and forgets what earlier mounts of these objects ended with.
@@ -88,6 +97,11 @@ func mountName(bootstrap fscache.Key) string { return volumeOf(bootstrap.Domain)
 
 // mountError says what can be done about an errno of mount(2) (fs/erofs/super.c, fs/erofs/fscache.c).
 func (e *Engine) mountError(m fscache.Mount, err error) error {
+	var left *erofs.LeftError
+	if errors.As(err, &left) {
+		e.log.Warn("gave a mount up while the kernel waits for its bootstrap's open: its process, which was killed, ends when that is answered",
+			zap.Stringer("bootstrap", m.Bootstrap.Key), zap.Int("pid", left.PID))
+	}
 	var refused *erofs.RefusedError
 	if !errors.As(err, &refused) {
 		return err
@@ -126,18 +140,23 @@ func (e *Engine) waitOpen(ctx context.Context, blobs []fscache.Object) error {
 	defer unseen.Stop()
 	for _, b := range blobs {
 		h, err := e.waitHandle(ctx, b.Key, unseen.C)
+		for err == nil && h != nil {
+			if err = waitAttached(ctx, h); err == nil {
+				break
+			}
+			if errors.Is(err, fscache.ErrNotOpen) { // an inherited one, of an opening that was over: there is another, or will be
+				h, err = e.waitHandle(ctx, b.Key, unseen.C)
+			}
+		}
 		switch {
 		case err != nil:
 			return err
-		case h == nil && e.adopted:
+		case h != nil:
+		case e.adopted:
 			e.log.Info("the kernel has not opened a blob: it can be written when something reads it", zap.Stringer("object", b.Key))
 			unseen.Reset(0)
-		case h == nil:
-			return fmt.Errorf("the kernel did not open blob %s within %v: see its log", b.Key, patience)
 		default:
-			if err := waitAttached(ctx, h); err != nil {
-				return err
-			}
+			return fmt.Errorf("the kernel did not open blob %s within %v: see its log", b.Key, patience)
 		}
 	}
 	return nil
@@ -173,12 +192,18 @@ func (e *Engine) waitHandle(ctx context.Context, k fscache.Key, unseen <-chan ti
 	}
 }
 
-// waitAttached waits until the object has a file, which follows copen closely.
+// waitAttached waits until the object has a file, which follows copen closely. ErrNotOpen: h was closed before.
 func waitAttached(ctx context.Context, h *handle) error {
 	tick := time.NewTicker(attachInterval)
 	defer tick.Stop()
-	for deadline := time.Now().Add(kernelPatience); !h.attached(); {
-		if time.Now().After(deadline) {
+	for deadline := time.Now().Add(kernelPatience); ; {
+		err := h.file()
+		switch {
+		case err == nil:
+			return nil
+		case errors.Is(err, os.ErrClosed):
+			return fscache.ErrNotOpen
+		case time.Now().After(deadline):
 			return fmt.Errorf("the kernel made no cache file for blob %s within %v: see its log", h.object.key, kernelPatience)
 		}
 		select {
@@ -187,7 +212,6 @@ func waitAttached(ctx context.Context, h *handle) error {
 			return context.Cause(ctx)
 		}
 	}
-	return nil
 }
 
 // Unmount implements fscache.Engine.

@@ -48,7 +48,7 @@ func TestRemoveOfAMountedBootstrapIsBusyAfterATakeoverToo(t *testing.T) {
 	serve(t, e, nil, im)
 	dir := mount(t, e, im)
 	// What a successor knows: the objects, and none of them open.
-	s := &Engine{objects: map[fscache.Key]*object{im.boot.Key: {key: im.boot.Key, size: im.boot.Size}}}
+	s := &Engine{objects: map[fscache.Key]*object{im.boot.Key: {key: im.boot.Key, size: im.boot.Size, added: true}}}
 	if err := s.Remove(im.boot.Key); !errors.Is(err, fscache.ErrBusy) {
 		t.Errorf("Remove of a mounted bootstrap: %v, want ErrBusy", err)
 	}

@@ -9,47 +9,101 @@ import (
 	"golang.org/x/sys/unix"
 
 	"holdfast/fscache"
+	"holdfast/state/crash"
 )
 
-// Next implements fscache.Engine. The device's read lock lets one caller at a time wait; it reads one message.
+// Next implements fscache.Engine. One caller at a time reads, one message; what a predecessor left comes first.
 func (e *Engine) Next() (fscache.Request, error) {
 	e.reading.RLock()
 	defer e.reading.RUnlock()
-	e.mu.Lock()
-	closed := e.closed
-	e.mu.Unlock()
-	if closed {
-		return fscache.Request{}, fscache.ErrClosed
-	}
+	e.turn.Lock()
+	defer e.turn.Unlock()
+	e.heard.Store(true)
 	for {
-		m, anon, n, err := e.dev.read()
+		if r, done, err := e.unread(); done {
+			return r, err
+		}
+		got, err := e.dev.read()
+		if errors.Is(err, errStarved) {
+			e.starve()
+			continue
+		}
 		if err != nil {
-			if err := e.readError(m, n, err); err != nil {
+			err = e.readError(got, err)
+			e.free(got.slot)
+			if err != nil {
 				return fscache.Request{}, err
 			}
 			continue
 		}
-		if r, ok := e.accept(m, anon); ok {
+		if r, ok := e.accept(got); ok {
+			crash.Point("cachefiles.next.after-accept")
 			return r, nil
 		}
+		e.free(got.slot)
+	}
+}
+
+// unread returns what is to be returned without reading the device: a request from the queue, or that there will be no more.
+func (e *Engine) unread() (r fscache.Request, done bool, err error) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	switch {
+	case e.closed:
+		return r, true, fscache.ErrClosed
+	case len(e.queue) > 0:
+		q := e.queue[0]
+		e.queue = e.queue[1:]
+		return e.track(opOf(q.m), delivery{m: q.m, slot: q.slot}, q.handle), true, nil
+	case e.frozen:
+		return r, true, fscache.ErrClosed
+	case e.waiting:
+		return r, true, errors.New("cachefiles engine: the predecessor reads the device until Expect")
+	}
+	return r, false, nil
+}
+
+// starve waits until a slot may be free, or there is another reason to look.
+func (e *Engine) starve() {
+	e.mu.Lock()
+	stopped := e.stopped
+	e.mu.Unlock()
+	select {
+	case <-e.nudge:
+	case <-stopped:
+	}
+}
+
+// free gives a slot of the inbox back.
+func (e *Engine) free(slot int) {
+	if slot != noSlot {
+		e.dev.inbox.Free(slot)
+		e.poke()
 	}
 }
 
 // readError deals with a read that brought no request. It returns an error if there will be no more.
-func (e *Engine) readError(m Message, n int, err error) error {
+func (e *Engine) readError(got delivery, err error) error {
 	var malformed *MalformedError
 	switch {
-	case errors.Is(err, os.ErrDeadlineExceeded): // Freeze or Close
-		return fscache.ErrClosed
+	case errors.Is(err, os.ErrDeadlineExceeded): // Freeze, Close or wake
+		e.mu.Lock()
+		defer e.mu.Unlock()
+		if e.frozen {
+			return nil // the queue comes before the end
+		}
+		return e.dev.resume()
 	case errors.As(err, &malformed):
-		e.log.Error("malformed request", zap.Error(err), zap.Int("bytes", n))
-		if n >= msgLen {
-			e.refuse(m)
+		e.log.Error("malformed request", zap.Error(err), zap.Int("bytes", got.n))
+		if got.n >= msgLen {
+			e.refuse(got.m)
 		}
 		return nil
-	case errors.Is(err, unix.EMFILE), errors.Is(err, unix.ENFILE), errors.Is(err, unix.ENOMEM), errors.Is(err, unix.EEXIST):
-		// The kernel found no descriptor for an open, or the object has one already, and has failed that open.
+	case errors.Is(err, unix.EMFILE), errors.Is(err, unix.ENFILE), errors.Is(err, unix.ENOMEM):
 		e.log.Error("the kernel failed an open: no descriptor for its object (LimitNOFILE=?)", zap.Error(err))
+		return nil
+	case errors.Is(err, unix.EEXIST):
+		e.log.Error("the kernel failed an open: the object has a descriptor already, which somebody else holds", zap.Error(err))
 		return nil
 	}
 	return fmt.Errorf("reading %s: %w", devicePath, err) // the same again the next time
@@ -75,12 +129,13 @@ func (e *Engine) refuse(m Message) {
 }
 
 // accept makes a request of a message.
-func (e *Engine) accept(m Message, anon *os.File) (fscache.Request, bool) {
+func (e *Engine) accept(got delivery) (fscache.Request, bool) {
+	m := got.m
 	switch m.Opcode {
 	case CACHEFILES_OP_OPEN:
-		return e.acceptOpen(m, anon)
+		return e.acceptOpen(got)
 	case CACHEFILES_OP_CLOSE:
-		return e.acceptClose(m)
+		return e.acceptClose(got)
 	}
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -91,43 +146,46 @@ func (e *Engine) accept(m Message, anon *os.File) (fscache.Request, bool) {
 			zap.Uint32("msg", m.ID), zap.Uint32("object", m.ObjectID))
 		return fscache.Request{}, false
 	}
-	r := e.track(fscache.OpRead, m.ID, h)
-	r.Off, r.Len = m.Read.Off, m.Read.Len
-	return r, true
+	return e.track(fscache.OpRead, got, h), true
 }
 
 // acceptOpen takes the object's new descriptor. An object that is open has been dropped meanwhile: its old one goes.
-func (e *Engine) acceptOpen(m Message, anon *os.File) (fscache.Request, bool) {
+func (e *Engine) acceptOpen(got delivery) (fscache.Request, bool) {
+	m := got.m
 	e.mu.Lock()
 	k, ok := e.keyOf(m.Open)
 	o := e.objects[k]
-	if !ok || o == nil {
+	if !ok || o == nil || !o.added {
 		e.mu.Unlock()
 		e.log.Error("refused to open an object that was not added", zap.String("volume", m.Open.Volume), zap.String("cookie", m.Open.Cookie))
-		if err := errors.Join(e.copen(m.ID, -int64(unix.ENOENT)), anon.Close()); err != nil && !errors.Is(err, fscache.ErrGone) {
+		if err := errors.Join(e.copen(m.ID, -int64(unix.ENOENT)), got.anon.Close()); err != nil && !errors.Is(err, fscache.ErrGone) {
 			e.log.Error("refusing an open", zap.Uint32("msg", m.ID), zap.Error(err))
 		}
 		return fscache.Request{}, false
 	}
 	defer e.mu.Unlock()
-	e.release(o.handle)
-	h := &handle{id: m.ObjectID, object: o, f: anon}
+	old := o.handle
+	e.release(old)
+	h := &handle{id: m.ObjectID, object: o, f: got.anon}
 	o.handle, o.refused = h, nil
 	e.handles[h.id] = h
-	return e.track(fscache.OpOpen, m.ID, h), true
+	r := e.track(fscache.OpOpen, got, h)
+	e.pending[r.Token].stale = old
+	return r, true
 }
 
 // acceptClose closes the object's descriptor; writes under way finish first. The kernel counted the request as done when
 // it was read.
-func (e *Engine) acceptClose(m Message) (fscache.Request, bool) {
+func (e *Engine) acceptClose(got delivery) (fscache.Request, bool) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	h := e.handles[m.ObjectID]
+	h := e.handles[got.m.ObjectID]
 	if h == nil {
 		return fscache.Request{}, false
 	}
 	e.release(h)
-	return e.track(fscache.OpClose, m.ID, h), true
+	crash.Point("cachefiles.close.after-close")
+	return e.track(fscache.OpClose, got, h), true
 }
 
 // release forgets a handle and closes it. e.mu is held.
@@ -145,16 +203,34 @@ func (e *Engine) release(h *handle) {
 	}
 }
 
+// drop makes the supervisor let go of a handle's descriptor. A lingering one pins the cache, and the kernel never opens its object anew.
+//
+// ORDER: after release. What the supervisor has let go of must not be needed.
+func (e *Engine) drop(h *handle) {
+	if h != nil && h.held.CompareAndSwap(true, false) {
+		e.dropHeld(h.asHeld(nil))
+	}
+}
+
+func (e *Engine) dropHeld(held fscache.Held) {
+	if e.holder != nil {
+		held.File = nil // closed
+		e.holder.Drop(held)
+	}
+}
+
 // track remembers a request until it is answered. e.mu is held.
-func (e *Engine) track(op fscache.Op, msg uint32, h *handle) fscache.Request {
+func (e *Engine) track(op fscache.Op, got delivery, h *handle) fscache.Request {
+	msg := got.m.ID
 	if old := e.byMsg[msg]; old != nil {
 		old.gone = true // its reader was killed; an answer would reach the new one
 	}
-	p := &request{op: op, msg: msg, handle: h}
+	e.finished(msg) // the same, of the predecessor's
+	p := &request{op: op, msg: msg, handle: h, off: got.m.Read.Off, len: got.m.Read.Len, slot: got.slot}
 	e.token++
 	e.pending[e.token] = p
 	e.byMsg[msg] = p
-	return fscache.Request{Op: op, Object: h.object.key, ID: uint64(msg), Token: e.token}
+	return fscache.Request{Op: op, Object: h.object.key, Off: p.off, Len: p.len, ID: uint64(msg), Token: e.token}
 }
 
 // openErrno is the errno the kernel gets for an open that is answered with anything but OK; mount(2) says EIO for all of
@@ -166,6 +242,9 @@ var openErrno = map[fscache.Errno]unix.Errno{
 }
 
 // Answer implements fscache.Engine.
+//
+// ORDER: the kernel, then the inbox. Until the slot is free a successor knows of the request, and answering it a second time does
+// nothing.
 func (e *Engine) Answer(r fscache.Request, a fscache.Errno) error {
 	e.mu.Lock()
 	if e.closed {
@@ -177,48 +256,125 @@ func (e *Engine) Answer(r fscache.Request, a fscache.Errno) error {
 		e.mu.Unlock()
 		return fmt.Errorf("%s %d of %s: %w", r.Op, r.ID, r.Object, fscache.ErrAnswered)
 	}
+	if p.taken {
+		e.mu.Unlock()
+		return fmt.Errorf("%s %d of %s is being answered: %w", r.Op, r.ID, r.Object, fscache.ErrAnswered)
+	}
+	p.taken = true
+	gone := p.gone
+	e.mu.Unlock()
+	err := e.answer(p, a, gone)
+	e.mu.Lock()
+	if err != nil && e.closed { // the kernel was not told: the slot stays lent, for a successor
+		e.mu.Unlock()
+		return fscache.ErrClosed
+	}
 	delete(e.pending, r.Token)
 	if e.byMsg[p.msg] == p {
 		delete(e.byMsg, p.msg)
 	}
 	e.mu.Unlock()
+	e.free(p.slot)
+	crash.Point("cachefiles.answer.after-free")
+	return err
+}
+
+func (e *Engine) answer(p *request, a fscache.Errno, gone bool) error {
 	switch {
-	case p.gone:
+	case gone:
+		e.drop(p.stale)
+		if p.op == fscache.OpOpen && p.handle.inherited {
+			e.opened(p.handle) // as in answerOpen
+		} else if p.op == fscache.OpOpen {
+			e.drop(p.handle)
+		}
 		return fscache.ErrGone
 	case p.op == fscache.OpOpen:
+		e.drop(p.stale)
 		return e.answerOpen(p, a)
 	case p.op == fscache.OpRead:
-		return p.handle.complete(p.msg)
+		crash.Point("cachefiles.read.before-complete")
+		err := p.handle.complete(p.msg)
+		crash.Point("cachefiles.read.after-complete")
+		return err
 	}
+	e.drop(p.handle)
+	crash.Point("cachefiles.close.after-drop")
 	return nil
 }
 
 // answerOpen tells the kernel the object's size, or why there is none.
-//
-// ORDER: copen before close: an object whose descriptor is closed first fails with EBADFD, not with our errno.
 func (e *Engine) answerOpen(p *request, a fscache.Errno) error {
-	o := p.handle.object
-	if a == fscache.OK {
-		err := e.copen(p.msg, o.size)
-		e.mu.Lock()
-		defer e.mu.Unlock()
-		if err != nil {
-			e.release(p.handle)
-			return err
+	if a != fscache.OK {
+		errno, ok := openErrno[a]
+		if !ok {
+			errno = unix.EIO
 		}
-		p.handle.opened.Store(true)
-		e.announce()
-		return nil
+		return e.refuseOpen(p, errno)
 	}
-	errno, ok := openErrno[a]
-	if !ok {
-		errno = unix.EIO
+	h := p.handle
+	if err := e.hold(h); err != nil {
+		err = fmt.Errorf("object %s is not opened, for its descriptor would not outlive this process (is the supervisor's store full? see FileDescriptorStoreMax=): %w",
+			h.object.key, err)
+		return errors.Join(err, e.refuseOpen(p, unix.EIO))
 	}
-	err := e.copen(p.msg, -int64(errno))
+	h.object.file.hand()
+	e.mu.Lock()
+	e.used[h.object.key] = true
+	e.mu.Unlock()
+	err := e.copen(p.msg, h.object.size)
+	crash.Point("cachefiles.open.after-copen")
+	if h.inherited && errors.Is(err, fscache.ErrGone) {
+		// The predecessor had answered before it died. The object is open, and only through this descriptor can its readers be served; if
+		// the answer was no, it is of no use and goes when the object is opened anew or removed.
+		err = nil
+	}
+	if err != nil {
+		e.mu.Lock()
+		e.release(h)
+		e.mu.Unlock()
+		e.drop(h)
+		return err
+	}
+	e.opened(h)
+	return nil
+}
+
+// opened notes that the kernel was told the object's size.
+func (e *Engine) opened(h *handle) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	o.refused = errno
+	h.opened.Store(true)
+	e.announce()
+}
+
+// hold puts an object's descriptor where it outlives the process.
+//
+// ORDER: record, supervisor, kernel. A successor that finds the object open in the kernel has its descriptor, and knows its size.
+func (e *Engine) hold(h *handle) error {
+	if e.holder == nil || h.held.Load() {
+		return nil
+	}
+	crash.Point("cachefiles.open.before-hold")
+	h.held.Store(true) // also if it fails: Drop clears what it left
+	if err := e.holder.Hold(h.asHeld(h.f)); err != nil {
+		return err
+	}
+	crash.Point("cachefiles.open.after-hold")
+	return nil
+}
+
+// refuseOpen tells the kernel why there is no such object.
+//
+// ORDER: copen before close: an object whose descriptor is closed first fails with EBADFD, not with our errno.
+func (e *Engine) refuseOpen(p *request, errno unix.Errno) error {
+	err := e.copen(p.msg, -int64(errno))
+	crash.Point("cachefiles.open.after-refuse")
+	e.mu.Lock()
+	p.handle.object.refused = errno
 	e.release(p.handle)
+	e.mu.Unlock()
+	e.drop(p.handle)
 	return err
 }
 

@@ -94,6 +94,9 @@ type handle struct {
 	object *object
 	f      *os.File    // write-only, not in the poller: Close waits for nobody, and takes effect when no write is under way
 	opened atomic.Bool // copen with a size was written
+	held   atomic.Bool // the Holder has a copy
+
+	inherited bool // from a predecessor: whether the kernel still has it open is not known for certain
 }
 
 // bounces are buffers for writes from memory that direct I/O does not take.
@@ -138,11 +141,14 @@ func (h *handle) cause(err error) error {
 }
 
 // attached says whether the kernel has a file for the object: from a moment after copen until it drops the object.
-func (h *handle) attached() bool {
+func (h *handle) attached() bool { return h.file() == nil }
+
+// file says why the object has no file, or nil.
+func (h *handle) file() error {
 	return control(h.f, func(fd int) error {
 		_, err := unix.Seek(fd, 0, unix.SEEK_CUR)
 		return err
-	}) == nil
+	})
 }
 
 // complete ends a READ. The reader gets what is in the file now, or EIO where that begins with a hole.
@@ -160,32 +166,37 @@ func (h *handle) complete(msg uint32) error {
 }
 
 // present lists the data extents of the object's file.
-func (h *handle) present(size int64) ([]fscache.Extent, error) {
-	var extents []fscache.Extent
-	err := control(h.f, func(fd int) error {
-		for off := int64(0); off < size; {
-			data, err := unix.Seek(fd, off, unix.SEEK_DATA)
-			if errors.Is(err, unix.ENXIO) {
-				return nil
-			}
-			if err != nil {
-				return err
-			}
-			hole, err := unix.Seek(fd, data, unix.SEEK_HOLE)
-			if err != nil {
-				return err
-			}
-			hole = min(hole, size)
-			if hole <= data {
-				return nil
-			}
-			extents = append(extents, fscache.Extent{Off: data, Len: hole - data})
-			off = hole
-		}
-		return nil
+func (h *handle) present(size int64) (extents []fscache.Extent, err error) {
+	err = control(h.f, func(fd int) (err error) {
+		extents, err = dataExtents(fd, size)
+		return err
 	})
 	if err != nil {
 		return nil, fmt.Errorf("finding the data of object %s: %w", h.object.key, h.cause(err))
+	}
+	return extents, nil
+}
+
+// dataExtents lists the data extents of a file's first size bytes.
+func dataExtents(fd int, size int64) (extents []fscache.Extent, err error) {
+	for off := int64(0); off < size; {
+		data, err := unix.Seek(fd, off, unix.SEEK_DATA)
+		if errors.Is(err, unix.ENXIO) {
+			break
+		}
+		if err != nil {
+			return nil, err
+		}
+		hole, err := unix.Seek(fd, data, unix.SEEK_HOLE)
+		if err != nil {
+			return nil, err
+		}
+		hole = min(hole, size)
+		if hole <= data {
+			break
+		}
+		extents = append(extents, fscache.Extent{Off: data, Len: hole - data})
+		off = hole
 	}
 	return extents, nil
 }

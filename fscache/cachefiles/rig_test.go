@@ -31,6 +31,33 @@ func needDevice(t testing.TB) {
 	}
 }
 
+// hasRestore says whether the kernel delivers requests again. The test machine's 6.12 does, its 6.1 does not.
+func hasRestore(t testing.TB) bool {
+	t.Helper()
+	f, err := openDevice()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if err := bind(f, Config{Dir: t.TempDir(), Tag: "probe"}); err != nil {
+		t.Fatal(err)
+	}
+	err = command(f, "restore")
+	if err != nil && !errors.Is(err, unix.EOPNOTSUPP) {
+		t.Fatal(err)
+	}
+	return err == nil
+}
+
+// needRestore skips on kernels that have none.
+func needRestore(t testing.TB) {
+	t.Helper()
+	needDevice(t)
+	if !hasRestore(t) {
+		t.Skip("the kernel has no restore")
+	}
+}
+
 // An image is a bootstrap with one blob, both in one domain.
 type image struct {
 	boot, blob fscache.Object
@@ -67,7 +94,13 @@ func add(t testing.TB, e *Engine, images ...image) {
 // openEngine opens an engine on dir; it is closed at the end.
 func openEngine(t testing.TB, dir string, device *os.File) *Engine {
 	t.Helper()
-	e, err := Open(Config{Dir: dir, Device: device, Log: zaptest.NewLogger(t)})
+	return openWith(t, Config{Dir: dir, Inherited: fscache.Inherited{Lifeline: device}})
+}
+
+func openWith(t testing.TB, c Config) *Engine {
+	t.Helper()
+	c.Log = zaptest.NewLogger(t)
+	e, err := Open(c)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -124,7 +157,7 @@ func fill(t testing.TB, e *Engine, r fscache.Request, boot []byte) {
 			t.Errorf("WriteAt for %v: %v", r, err)
 		}
 	}
-	if err := e.Answer(r, fscache.OK); err != nil && !errors.Is(err, fscache.ErrGone) {
+	if err := e.Answer(r, fscache.OK); err != nil && !errors.Is(err, fscache.ErrGone) && !errors.Is(err, fscache.ErrClosed) {
 		t.Errorf("Answer(%v): %v", r, err)
 	}
 }
@@ -184,16 +217,12 @@ func soon(t testing.TB, what string, ok func() bool) {
 	}
 }
 
-// dup copies a device's descriptor.
+// dup copies a descriptor.
 func dup(t testing.TB, f *os.File) *os.File {
 	t.Helper()
-	var fd int
-	err := control(f, func(n int) (err error) {
-		fd, err = unix.FcntlInt(uintptr(n), unix.F_DUPFD_CLOEXEC, 0)
-		return err
-	})
+	d, err := enginetest.Dup(f)
 	if err != nil {
 		t.Fatal(err)
 	}
-	return os.NewFile(uintptr(fd), devicePath)
+	return d
 }

@@ -24,17 +24,21 @@ const (
 	Redelivers Successor = iota + 1
 	// DeniesThenAsksAgain: the successor's Open gives their readers EIO; the next read asks again.
 	DeniesThenAsksAgain
+	// Replays: Next of the successor returns them again, from what was written down of them.
+	Replays
 )
 
 // A Harness is one engine on one kernel, real or simulated, with an empty cache.
 type Harness struct {
-	// Open opens an engine over the harness's cache. lifeline is nil, or a copy of the lifeline of an engine opened
-	// here before that was closed: the engine is then its successor, and owns the copy.
-	Open func(t testing.TB, lifeline *os.File) fscache.Engine
+	// Open opens an engine over the harness's cache. left is zero, or what an engine opened here before has left: the
+	// engine is then its successor, and owns the files. Simulated kernels have no lifeline.
+	Open func(t testing.TB, left fscache.Inherited, inbox fscache.Inbox, holder fscache.Holder) fscache.Engine
 	// Readers read through mounts.
 	Readers Readers
 	// Successor is what the engine does with a predecessor's requests.
 	Successor Successor
+	// Upgrades says that an engine can take over from one that lives (fscache.Successor).
+	Upgrades bool
 	// AfterMounts runs when a rule has unmounted what it could, to detach a mount that was left. May be nil.
 	AfterMounts func(dir string)
 }

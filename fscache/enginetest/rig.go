@@ -12,8 +12,6 @@ import (
 	"testing"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"holdfast/fscache"
 )
 
@@ -32,6 +30,8 @@ type rig struct {
 	t     testing.TB
 	h     Harness
 	e     fscache.Engine
+	inbox *Inbox
+	store *Store
 	reads chan fscache.Request
 
 	mu         sync.Mutex
@@ -44,10 +44,19 @@ type rig struct {
 }
 
 // newRig opens an engine. Cleanup answers what is pending, unmounts and closes.
-func newRig(t testing.TB, h Harness, lifeline *os.File) *rig {
+func newRig(t testing.TB, h Harness) *rig {
 	t.Helper()
+	store := NewStore()
+	t.Cleanup(store.Close)
+	return takeOver(t, h, store, fscache.Inherited{})
+}
+
+// takeOver is newRig of an engine that may have a predecessor.
+func takeOver(t testing.TB, h Harness, store *Store, left fscache.Inherited) *rig {
+	t.Helper()
+	inbox := NewInbox(256, 1024)
 	r := &rig{
-		t: t, h: h, e: h.Open(t, lifeline),
+		t: t, h: h, e: h.Open(t, left, inbox, store), inbox: inbox, store: store,
 		reads:      make(chan fscache.Request, 1024),
 		bootstraps: make(map[fscache.Key][]byte),
 		sizes:      make(map[fscache.Key]int64),
@@ -234,27 +243,31 @@ func (r *rig) unmount(dir string) {
 	}
 }
 
-// handOver closes the engine without unmounting, and returns a copy of its lifeline taken before.
-func (r *rig) handOver() (lifeline *os.File, mounts []string) {
+// handOver closes the engine without unmounting, and returns what a supervisor, the inbox and the records then have.
+func (r *rig) handOver() (left fscache.Inherited, mounts []string) {
 	r.t.Helper()
-	_, f := r.e.Lifeline()
-	if f != nil { // a simulated kernel has none
-		raw, err := f.SyscallConn()
-		if err != nil {
+	if _, f := r.e.Lifeline(); f != nil { // a simulated kernel has none
+		var err error
+		if left.Lifeline, err = Dup(f); err != nil {
 			r.t.Fatal(err)
 		}
-		var dup int
-		var dupErr error
-		if err := raw.Control(func(fd uintptr) { dup, dupErr = unix.FcntlInt(fd, unix.F_DUPFD_CLOEXEC, 0) }); err != nil || dupErr != nil {
-			r.t.Fatal(err, dupErr)
+	}
+	if s, ok := r.e.(fscache.Successor); ok {
+		if err := r.e.Freeze(); err != nil {
+			r.t.Fatal(err)
 		}
-		lifeline = os.NewFile(uintptr(dup), "lifeline")
+		left.Pending = s.Pending()
 	}
 	r.mu.Lock()
 	mounts, r.mounts = r.mounts, nil
 	r.mu.Unlock()
 	r.close()
-	return lifeline, mounts
+	left.Messages = r.inbox.Messages()
+	var err error
+	if left.Objects, err = r.store.Held(); err != nil {
+		r.t.Fatal(err)
+	}
+	return left, mounts
 }
 
 func (r *rig) close() {

@@ -14,7 +14,7 @@ import (
 )
 
 func closeUnblocksNext(t *testing.T, h Harness) {
-	e := h.Open(t, nil)
+	e := h.Open(t, fscache.Inherited{}, nil, nil)
 	if _, f := e.Lifeline(); f != nil {
 		f.Fd() // whoever gives the lifeline away may ask for its number: that must not make it block
 	}
@@ -46,7 +46,7 @@ func closeUnblocksNext(t *testing.T, h Harness) {
 }
 
 func closedEngineRefuses(t *testing.T, h Harness) {
-	e := h.Open(t, nil)
+	e := h.Open(t, fscache.Inherited{}, nil, nil)
 	a := blob("d", "a")
 	ctx := context.Background()
 	if err := e.Add(ctx, a); err != nil {
@@ -76,7 +76,7 @@ func closedEngineRefuses(t *testing.T, h Harness) {
 }
 
 func addAgainChangesNothing(t *testing.T, h Harness) {
-	r := newRig(t, h, nil)
+	r := newRig(t, h)
 	r.start(1)
 	a := blob("d", "a")
 	dir := r.mount("image", a)
@@ -88,7 +88,7 @@ func addAgainChangesNothing(t *testing.T, h Harness) {
 }
 
 func addWithAnotherSizeFails(t *testing.T, h Harness) {
-	r := newRig(t, h, nil)
+	r := newRig(t, h)
 	a := blob("d", "a")
 	r.add(a)
 	a.Size += page
@@ -98,7 +98,7 @@ func addWithAnotherSizeFails(t *testing.T, h Harness) {
 }
 
 func addRefusesBadNames(t *testing.T, h Harness) {
-	r := newRig(t, h, nil)
+	r := newRig(t, h)
 	for _, bad := range []string{"", ".", "..", "/", "a/b", "../a", "/etc/passwd", "a\x00b", strings.Repeat("n", 256)} {
 		if err := r.e.Add(context.Background(), blob("d", bad)); err == nil {
 			t.Errorf("Add of id %q succeeded", bad)
@@ -116,7 +116,7 @@ func addRefusesBadNames(t *testing.T, h Harness) {
 }
 
 func unknownObjectIsRefused(t *testing.T, h Harness) {
-	r := newRig(t, h, nil)
+	r := newRig(t, h)
 	r.start(1)
 	k := fscache.Key{Domain: "d", ID: "nobody"}
 	_, presentErr := r.e.Present(k)
@@ -136,7 +136,7 @@ func unknownObjectIsRefused(t *testing.T, h Harness) {
 }
 
 func badWriteIsRefused(t *testing.T, h Harness) {
-	r := newRig(t, h, nil)
+	r := newRig(t, h)
 	r.start(1)
 	a := blob("d", "a")
 	r.mount("image", a)
@@ -153,7 +153,7 @@ func badWriteIsRefused(t *testing.T, h Harness) {
 }
 
 func presentListsWhatWasWritten(t *testing.T, h Harness) {
-	r := newRig(t, h, nil)
+	r := newRig(t, h)
 	r.start(1)
 	a := blob("d", "a")
 	r.mount("image", a)
@@ -175,7 +175,7 @@ func presentListsWhatWasWritten(t *testing.T, h Harness) {
 }
 
 func readAtReturnsWhatWasWritten(t *testing.T, h Harness) {
-	r := newRig(t, h, nil)
+	r := newRig(t, h)
 	r.start(1)
 	a := blob("d", "a")
 	r.mount("image", a)
@@ -196,7 +196,7 @@ func readAtReturnsWhatWasWritten(t *testing.T, h Harness) {
 }
 
 func dropMakesAHole(t *testing.T, h Harness) {
-	r := newRig(t, h, nil)
+	r := newRig(t, h)
 	r.start(1)
 	a := blob("d", "a")
 	dir := r.mount("image", a)
@@ -221,7 +221,7 @@ func dropMakesAHole(t *testing.T, h Harness) {
 }
 
 func writtenDataOutlivesTheEngine(t *testing.T, h Harness) {
-	r := newRig(t, h, nil)
+	r := newRig(t, h)
 	r.start(1)
 	a := blob("d", "a")
 	dir := r.mount("image", a)
@@ -229,7 +229,7 @@ func writtenDataOutlivesTheEngine(t *testing.T, h Harness) {
 	r.unmount(dir)
 	r.close()
 
-	s := newRig(t, h, nil)
+	s := newRig(t, h)
 	s.start(1)
 	dir = s.mount("image", a)
 	want := []fscache.Extent{{Off: 0, Len: 16 * page}}
@@ -241,7 +241,7 @@ func writtenDataOutlivesTheEngine(t *testing.T, h Harness) {
 }
 
 func completedObjectRaisesNoRequest(t *testing.T, h Harness) {
-	r := newRig(t, h, nil)
+	r := newRig(t, h)
 	r.start(1)
 	a := blob("d", "a")
 	dir := r.mount("image", a)
@@ -259,7 +259,7 @@ func completedObjectRaisesNoRequest(t *testing.T, h Harness) {
 }
 
 func removeOfUsedObjectFails(t *testing.T, h Harness) {
-	r := newRig(t, h, nil)
+	r := newRig(t, h)
 	r.start(1)
 	a := blob("d", "a")
 	dir := r.mount("image", a)
@@ -294,7 +294,7 @@ func eventually(try func() error) error {
 }
 
 func unmountWhileBusyFails(t *testing.T, h Harness) {
-	r := newRig(t, h, nil)
+	r := newRig(t, h)
 	r.start(1)
 	r.serve()
 	a := blob("d", "a")
@@ -317,7 +317,7 @@ func unmountWhileBusyFails(t *testing.T, h Harness) {
 }
 
 func mountErrorsNameTheDirectory(t *testing.T, h Harness) {
-	r := newRig(t, h, nil)
+	r := newRig(t, h)
 	r.start(1)
 	a := blob("d", "a")
 	taken := r.mount("image", a)
@@ -336,7 +336,7 @@ func mountErrorsNameTheDirectory(t *testing.T, h Harness) {
 }
 
 func domainsShareNothing(t *testing.T, h Harness) {
-	r := newRig(t, h, nil)
+	r := newRig(t, h)
 	r.start(1)
 	a, b := blob("d1", "same"), blob("d2", "same")
 	dirA, dirB := r.mount("image", a), r.mount("image", b)
@@ -360,7 +360,7 @@ func domainsShareNothing(t *testing.T, h Harness) {
 }
 
 func twoMountsShareABlob(t *testing.T, h Harness) {
-	r := newRig(t, h, nil)
+	r := newRig(t, h)
 	r.start(1)
 	a := blob("d", "a")
 	one, two := r.mount("image", a), r.mount("image2", a)

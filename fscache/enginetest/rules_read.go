@@ -2,7 +2,6 @@ package enginetest
 
 import (
 	"errors"
-	"os"
 	"sync"
 	"testing"
 
@@ -14,7 +13,7 @@ import (
 const page = fscache.BlockSize
 
 func readerWaitsUntilAnswered(t *testing.T, h Harness) {
-	r := newRig(t, h, nil)
+	r := newRig(t, h)
 	r.start(1)
 	a := blob("d", "a")
 	dir := r.mount("image", a)
@@ -29,7 +28,7 @@ func readerWaitsUntilAnswered(t *testing.T, h Harness) {
 }
 
 func readReturnsTheBytesWritten(t *testing.T, h Harness) {
-	r := newRig(t, h, nil)
+	r := newRig(t, h)
 	r.start(2)
 	r.serve()
 	a := blob("d", "a")
@@ -42,7 +41,7 @@ func readReturnsTheBytesWritten(t *testing.T, h Harness) {
 }
 
 func requestCoversTheRead(t *testing.T, h Harness) {
-	r := newRig(t, h, nil)
+	r := newRig(t, h)
 	r.start(1)
 	a := blob("d", "a")
 	dir := r.mount("image", a)
@@ -60,7 +59,7 @@ func requestCoversTheRead(t *testing.T, h Harness) {
 }
 
 func deniedReaderGetsEIO(t *testing.T, h Harness) {
-	r := newRig(t, h, nil)
+	r := newRig(t, h)
 	r.start(1)
 	a := blob("d", "a")
 	dir := r.mount("image", a)
@@ -77,7 +76,7 @@ func deniedReaderGetsEIO(t *testing.T, h Harness) {
 }
 
 func eachRequestGoesToOneCaller(t *testing.T, h Harness) {
-	r := newRig(t, h, nil)
+	r := newRig(t, h)
 	r.start(8)
 	a := blob("d", "a")
 	dir := r.mount("image", a)
@@ -108,7 +107,7 @@ func eachRequestGoesToOneCaller(t *testing.T, h Harness) {
 }
 
 func secondAnswerIsRefused(t *testing.T, h Harness) {
-	r := newRig(t, h, nil)
+	r := newRig(t, h)
 	r.start(1)
 	a := blob("d", "a")
 	dir := r.mount("image", a)
@@ -133,7 +132,7 @@ func secondAnswerIsRefused(t *testing.T, h Harness) {
 }
 
 func answersInAnyOrder(t *testing.T, h Harness) {
-	r := newRig(t, h, nil)
+	r := newRig(t, h)
 	r.start(2)
 	a := blob("d", "a")
 	dir := r.mount("image", a)
@@ -153,7 +152,7 @@ func answersInAnyOrder(t *testing.T, h Harness) {
 // answerReachesItsOwnReader fills every request for one object and denies every one for another, as fast as it can: an
 // answer that went astray would fail a reader of the first or let one of the second on.
 func answerReachesItsOwnReader(t *testing.T, h Harness) {
-	r := newRig(t, h, nil)
+	r := newRig(t, h)
 	r.start(4)
 	good, bad := blob("d", "a"), blob("d", "b")
 	dir := r.mount("image", good, bad)
@@ -196,7 +195,7 @@ func answerReachesItsOwnReader(t *testing.T, h Harness) {
 }
 
 func concurrentReadersOfOneRange(t *testing.T, h Harness) {
-	r := newRig(t, h, nil)
+	r := newRig(t, h)
 	r.start(3)
 	r.serve()
 	a := blob("d", "a")
@@ -213,7 +212,7 @@ func concurrentReadersOfOneRange(t *testing.T, h Harness) {
 }
 
 func slowObjectDelaysItsOwnReaders(t *testing.T, h Harness) {
-	r := newRig(t, h, nil)
+	r := newRig(t, h)
 	r.start(2)
 	a, b := blob("d", "a"), blob("d", "b")
 	dir := r.mount("image", a, b)
@@ -235,7 +234,7 @@ func slowObjectDelaysItsOwnReaders(t *testing.T, h Harness) {
 }
 
 func killedReaderDisturbsNobody(t *testing.T, h Harness) {
-	r := newRig(t, h, nil)
+	r := newRig(t, h)
 	r.start(1)
 	a := blob("d", "a")
 	dir := r.mount("image", a)
@@ -257,25 +256,31 @@ func killedReaderDisturbsNobody(t *testing.T, h Harness) {
 	r.get(r.read(dir, a.Key, 0, 8*page), a.Key, 0)
 }
 
-func unansweredRequestSurvives(t *testing.T, h Harness) {
-	r := newRig(t, h, nil)
+// unansweredRequestSurvives has a successor that is told what keep leaves of what the predecessor left.
+func unansweredRequestSurvives(keep func(*fscache.Inherited)) func(*testing.T, Harness) {
+	return func(t *testing.T, h Harness) { requestSurvives(t, h, keep) }
+}
+
+func requestSurvives(t *testing.T, h Harness, keep func(*fscache.Inherited)) {
+	r := newRig(t, h)
 	r.start(1)
 	a := blob("d", "a")
 	dir := r.mount("image", a)
 	done := r.read(dir, a.Key, 0, page)
 	before := r.request()
-	lifeline, mounts := r.handOver()
+	left, mounts := r.handOver()
+	keep(&left)
 	r.asleep(done)
 	if err := r.e.Answer(before, fscache.OK); !errors.Is(err, fscache.ErrClosed) {
 		t.Errorf("Answer on the closed engine: %v, want ErrClosed", err)
 	}
 
-	s := r.successor(lifeline, mounts)
+	s := r.successor(left, mounts)
 	switch h.Successor {
-	case Redelivers:
+	case Redelivers, Replays:
 		req := s.request()
 		if req.Object != a.Key || req.Off != before.Off || req.Len != before.Len {
-			t.Errorf("redelivered %v, was %v", req, before)
+			t.Errorf("it got %v, was %v", req, before)
 		}
 		s.fill(req)
 		s.get(done, a.Key, 0)
@@ -295,7 +300,7 @@ func unansweredRequestSurvives(t *testing.T, h Harness) {
 }
 
 func frozenEngineAnswers(t *testing.T, h Harness) {
-	r := newRig(t, h, nil)
+	r := newRig(t, h)
 	r.start(2)
 	a := blob("d", "a")
 	dir := r.mount("image", a)
@@ -317,16 +322,16 @@ func frozenEngineAnswers(t *testing.T, h Harness) {
 	r.asleep(late)
 
 	// What was not read is the successor's.
-	lifeline, mounts := r.handOver()
-	s := r.successor(lifeline, mounts)
+	left, mounts := r.handOver()
+	s := r.successor(left, mounts)
 	s.fill(s.request())
 	s.get(late, a.Key, 64*page)
 }
 
 // successor opens an engine that takes over what r's had.
-func (r *rig) successor(lifeline *os.File, mounts []string) *rig {
+func (r *rig) successor(left fscache.Inherited, mounts []string) *rig {
 	r.t.Helper()
-	s := newRig(r.t, r.h, lifeline)
+	s := takeOver(r.t, r.h, r.store, left)
 	s.bootstraps, s.mounts = r.bootstraps, mounts
 	for k, size := range r.sizes {
 		s.add(fscache.Object{Key: k, Size: size})

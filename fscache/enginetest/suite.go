@@ -2,6 +2,8 @@ package enginetest
 
 import (
 	"testing"
+
+	"holdfast/fscache"
 )
 
 // rules are what every engine keeps. Each starts with an empty cache.
@@ -23,7 +25,10 @@ var rules = []struct {
 	{"CloseUnblocksNext", closeUnblocksNext},
 	{"FrozenEngineAnswersButReadsNoMore", frozenEngineAnswers},
 	{"ClosedEngineRefusesEverything", closedEngineRefuses},
-	{"UnansweredRequestSurvivesTheProcess", unansweredRequestSurvives},
+	{"UnansweredRequestSurvivesTheProcess", unansweredRequestSurvives(func(*fscache.Inherited) {})},
+	{"UnansweredRequestSurvivesByItsMessage", unansweredRequestSurvives(func(left *fscache.Inherited) { left.Pending = nil })},
+	{"UnansweredRequestSurvivesByItsRecord", unansweredRequestSurvives(func(left *fscache.Inherited) { left.Messages = nil })},
+	{"SuccessorOfALivingEngineLosesNothing", upgradeLosesNothing},
 	{"AddAgainChangesNothing", addAgainChangesNothing},
 	{"AddWithAnotherSizeFails", addWithAnotherSizeFails},
 	{"AddRefusesBadNamesAndSizes", addRefusesBadNames},

@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"holdfast/fscache"
+	"holdfast/fscache/enginetest"
 	"holdfast/fscache/fanotify"
 )
 
@@ -156,35 +157,42 @@ func bareLoop(group, stop int) error {
 // BenchmarkMissEngine is the same through Next, WriteAt and Answer.
 func BenchmarkMissEngine(b *testing.B) {
 	for _, callers := range []int{1, 2, 8} {
-		b.Run(fmt.Sprintf("callers=%d", callers), func(b *testing.B) {
-			dir := b.TempDir()
-			e, err := fanotify.Open(fanotify.Config{Dir: dir})
-			if err != nil {
-				b.Fatal(err)
-			}
-			defer e.Close()
-			o := fscache.Object{Key: fscache.Key{Domain: "d", ID: "object"}, Size: benchSize}
-			if err := e.Add(context.Background(), o); err != nil {
-				b.Fatal(err)
-			}
-			for range callers {
-				go func() { // ends with Close
-					data := fscache.AlignedBuffer(fscache.BlockSize)
-					for {
-						r, err := e.Next()
-						if err != nil {
-							return
-						}
-						if err := e.WriteAt(r.Object, data, r.Off); err != nil {
-							b.Error(err)
-						}
-						if err := e.Answer(r, fscache.OK); err != nil {
-							b.Error(err)
-						}
-					}
-				}()
-			}
-			missing(b, filepath.Join(dir, "d", "object"))
-		})
+		b.Run(fmt.Sprintf("callers=%d", callers), func(b *testing.B) { benchEngine(b, callers, nil) })
 	}
+	// What it costs that an event outlives the process.
+	b.Run("callers=1/inbox", func(b *testing.B) { benchEngine(b, 1, enginetest.NewInbox(256, 128)) })
 }
+
+func benchEngine(b *testing.B, callers int, inbox fscache.Inbox) {
+	dir := b.TempDir()
+	e, err := fanotify.Open(fanotify.Config{Dir: dir, Inbox: inbox})
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer e.Close()
+	o := fscache.Object{Key: fscache.Key{Domain: "d", ID: "object"}, Size: benchSize}
+	if err := e.Add(context.Background(), o); err != nil {
+		b.Fatal(err)
+	}
+	for range callers {
+		go func() { // ends with Close
+			data := fscache.AlignedBuffer(fscache.BlockSize)
+			for {
+				r, err := e.Next()
+				if err != nil {
+					return
+				}
+				if err := e.WriteAt(r.Object, data, r.Off); err != nil {
+					b.Error(err)
+				}
+				if err := e.Answer(r, fscache.OK); err != nil {
+					b.Error(err)
+				}
+			}
+		}()
+	}
+	missing(b, filepath.Join(dir, "d", "object"))
+}
+
+// BenchmarkSlot is what an inbox adds to a miss: taking a slot, writing the file down, freeing the slot. Compare BenchmarkMissEngine.
+func BenchmarkSlot(b *testing.B) { fanotify.BenchSlot(b, enginetest.NewInbox(256, 128)) }

@@ -1,7 +1,6 @@
 package fanotify_test
 
 import (
-	"os"
 	"testing"
 
 	"go.uber.org/zap/zaptest"
@@ -15,16 +14,17 @@ func TestConformance(t *testing.T) {
 	enginetest.Run(t, func(t *testing.T) enginetest.Harness {
 		dir := t.TempDir()
 		return enginetest.Harness{
-			Open: func(t testing.TB, lifeline *os.File) fscache.Engine {
+			Open: func(t testing.TB, left fscache.Inherited, inbox fscache.Inbox, holder fscache.Holder) fscache.Engine {
 				t.Helper()
-				e, err := fanotify.Open(fanotify.Config{Dir: dir, Group: lifeline, Log: zaptest.NewLogger(t)})
+				e, err := fanotify.Open(fanotify.Config{Dir: dir, Inherited: left, Inbox: inbox, Holder: holder, Log: zaptest.NewLogger(t)})
 				if err != nil {
 					t.Fatal(err)
 				}
 				return e
 			},
 			Readers:     enginetest.RealReaders{},
-			Successor:   enginetest.DeniesThenAsksAgain,
+			Successor:   enginetest.Replays,
+			Upgrades:    true,
 			AfterMounts: enginetest.DetachMount,
 		}
 	})

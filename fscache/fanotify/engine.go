@@ -1,17 +1,18 @@
 package fanotify
 
 import (
-	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
+	"slices"
 	"sync"
-	"time"
 
 	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
 
 	"holdfast/fscache"
+	"holdfast/state/crash"
 )
 
 // Name is the engine's name.
@@ -21,10 +22,16 @@ const Name = "fanotify"
 type Config struct {
 	Dir string // cache directory, absolute; made where absent
 
-	// Group is the group of a process that is gone, or nil. Open takes it over whatever it returns. Events that
-	// process read and did not answer are denied with EIO, and their readers ask again. Objects under its marks must
-	// all be added before the first Next: an event of a file not known is denied.
-	Group *os.File
+	// Inherited is what another process left, or lends. Objects under its marks must all be added before the first Next: an event
+	// of a file not known is denied. What the other process had read is handed out by Next again, under the numbers it had,
+	// which Open occupies first of all: it must be called while the process has nothing open that it will close. What nobody
+	// can identify is denied with EIO, and its reader asks again.
+	Inherited fscache.Inherited
+	// Reserved is what Reserve gave, for Inherited.Alive. Open takes it over whatever it returns.
+	Reserved *Reservation
+
+	Inbox  fscache.Inbox  // slots of SlotLen bytes or more; nil: events are only in this process's memory
+	Holder fscache.Holder // nil: nothing is held beyond the process
 
 	// AllowUnsafeKernel lets Open run on kernels whose file-backed EROFS is known to hand out wrong bytes.
 	AllowUnsafeKernel bool
@@ -34,60 +41,88 @@ type Config struct {
 
 // An Engine is the fanotify engine. Make one with Open.
 type Engine struct {
-	log     *zap.Logger
-	dir     string
-	root    *os.Root
-	group   *os.File // in Go's poller; its read lock lets one Next at a time read
-	watched map[uint64]bool
+	log    *zap.Logger
+	dir    string
+	root   *os.Root
+	group  *os.File // in Go's poller
+	inbox  fscache.Inbox
+	holder fscache.Holder
 
-	adding sync.Mutex // one Add or Remove at a time; taken before mu
+	// reading is held by the one Next that reads, until the file of its event is written down: there is never more than one event
+	// whose file is not. Taken before all others.
+	reading sync.Mutex
+	private [SlotLen]byte // guarded by reading: the slot of an engine without an inbox
 
-	mu      sync.Mutex // guards what follows; never held over a system call that can wait
-	objects map[fscache.Key]*object
-	byInode map[inode]*object
-	pending map[int32]pendingEvent // by event descriptor
-	limit   int                    // how many pending events are let in
-	room    sync.Cond              // pending shrank, or frozen
-	token   uint64
-	frozen  bool // Next is over
-	closed  bool // everything is; implies frozen
+	mu        sync.Mutex // guards what follows; never held over a system call that can wait
+	objects   map[fscache.Key]*object
+	byInode   map[inode]*object
+	watched   map[uint64]bool          // inode numbers under a mark of another process's
+	adoptable map[fscache.Key]*os.File // quiet descriptors that were inherited, until their object is added
+	pending   map[int32]pendingEvent   // by event descriptor
+	inFlight  int                      // events read whose slot or number is taken
+	limit     int                      // how many of those are let in
+	room      sync.Cond                // inFlight shrank, or frozen, or something is queued
+	token     uint64                   // the last one given
+	orphans   map[int32]*orphan        // events of other processes
+	queue     []fscache.Request        // what Next hands out of them
+	abandoned map[inode]bool           // files whose readers are denied
+	unsettled bool                     // there are orphans that were not queued
+	alive     bool                     // the predecessor reads
+	reserved  *Reservation
+	frozen    bool // Next is over
+	closed    bool // everything is; implies frozen
+
+	sweep      *sweep         // nil: there is nothing to sweep
+	background sync.WaitGroup // the sweep, and Expect's releasing
 }
 
 // A pendingEvent is one we own the descriptor of and have not answered.
-type pendingEvent struct{ token uint64 }
+type pendingEvent struct {
+	token    uint64 // 0: the answer waits, in orphan.behind
+	slot     int
+	object   *object
+	off, len int64
+	taken    bool // it is being answered: its descriptor is who answers it to close
+}
 
-var _ fscache.Engine = (*Engine)(nil)
+var (
+	_ fscache.Engine    = (*Engine)(nil)
+	_ fscache.Successor = (*Engine)(nil)
+)
 
 // Open makes an engine. Errors say what the kernel or the directory lacks; use Available to ask without side effects.
 func Open(c Config) (*Engine, error) {
 	e := &Engine{
-		log: c.Log, dir: c.Dir,
-		objects: make(map[fscache.Key]*object),
-		byInode: make(map[inode]*object),
-		pending: make(map[int32]pendingEvent),
+		log: c.Log, dir: c.Dir, inbox: c.Inbox, holder: c.Holder,
+		objects:   make(map[fscache.Key]*object),
+		byInode:   make(map[inode]*object),
+		watched:   make(map[uint64]bool),
+		adoptable: make(map[fscache.Key]*os.File),
+		abandoned: make(map[inode]bool),
+		pending:   make(map[int32]pendingEvent),
+		alive:     c.Inherited.Alive && c.Inherited.Lifeline != nil,
+		reserved:  c.Reserved,
 	}
 	e.room.L = &e.mu
 	if e.log == nil {
 		e.log = zap.NewNop()
 	}
-	if err := e.open(c); err != nil {
-		return nil, fmt.Errorf("fanotify engine in %s: %w", c.Dir, err)
+	err := e.open(c)
+	if err != nil {
+		err = errors.Join(fmt.Errorf("fanotify engine in %s: %w", c.Dir, err), e.closeFiles())
+		return nil, err
 	}
 	return e, nil
 }
 
-func (e *Engine) open(c Config) (err error) {
-	if c.Group != nil {
-		e.group, e.watched, err = adoptGroup(c.Group)
-		if err != nil {
-			return err
-		}
+func (e *Engine) open(c Config) error {
+	// Before anything is opened here, which would get one of the numbers.
+	if err := e.inherit(c.Inherited); err != nil {
+		return err
 	}
-	defer func() {
-		if err != nil {
-			e.closeFiles()
-		}
-	}()
+	if err := checkInbox(c.Inbox); err != nil {
+		return err
+	}
 	if !c.AllowUnsafeKernel {
 		if err := CheckKernel(); err != nil {
 			return err
@@ -99,6 +134,7 @@ func (e *Engine) open(c Config) (err error) {
 	if err := checkHoles(c.Dir); err != nil {
 		return err
 	}
+	var err error
 	if e.root, err = os.OpenRoot(c.Dir); err != nil {
 		return err
 	}
@@ -106,18 +142,48 @@ func (e *Engine) open(c Config) (err error) {
 	if err != nil {
 		return err
 	}
-	e.limit = max(numbers/2, 1)
+	e.limit = numbers / 2
+	if c.Inbox != nil {
+		e.limit = min(e.limit, c.Inbox.Slots()-1) // one is for the read that waits
+	}
+	e.limit = max(e.limit, 1)
 	if e.group == nil {
 		e.group, err = newGroup()
 		return err
 	}
-	start := time.Now()
-	denied, err := sweep(e.group, numbers)
-	if err != nil {
-		return err
+	if !e.alive {
+		e.clean(numbers)
 	}
-	e.log.Info("took a group over", zap.Int("marks", len(e.watched)), zap.Int("denied", denied), zap.Duration("took", time.Since(start)))
 	return nil
+}
+
+// inherit takes over what another process left.
+func (e *Engine) inherit(in fscache.Inherited) error {
+	for _, h := range in.Objects {
+		if old := e.adoptable[h.Object.Key]; old != nil {
+			_ = old.Close()
+		}
+		e.adoptable[h.Object.Key] = h.File
+	}
+	if in.Lifeline == nil {
+		return nil
+	}
+	if !in.Alive {
+		orphans := e.gather(in)
+		placed, err := occupy(slices.Collect(maps.Keys(orphans)))
+		if err != nil {
+			return errors.Join(err, in.Lifeline.Close())
+		}
+		for n, o := range orphans {
+			o.placed = placed[n]
+		}
+		e.orphans, e.unsettled = orphans, len(orphans) > 0
+		e.endLeases(in.Objects)
+		crash.Point("fanotify.open.after-occupy")
+	}
+	var err error
+	e.group, e.watched, err = adoptGroup(in.Lifeline)
+	return err
 }
 
 // Name implements fscache.Engine.
@@ -125,60 +191,6 @@ func (e *Engine) Name() string { return Name }
 
 // Lifeline implements fscache.Engine: the group's descriptor.
 func (e *Engine) Lifeline() (string, *os.File) { return Name, e.group }
-
-// Add implements fscache.Engine. The file gets its mark in any case; call Complete where it holds everything.
-func (e *Engine) Add(ctx context.Context, o fscache.Object) error {
-	if err := ctx.Err(); err != nil {
-		return err
-	}
-	if err := checkObject(o); err != nil {
-		return err
-	}
-	e.adding.Lock()
-	defer e.adding.Unlock()
-	if known, err := e.object(o.Key); err == nil {
-		if known.size != o.Size {
-			return fmt.Errorf("object %s was added with %d bytes, now with %d: the same blob cannot have two sizes", o.Key, known.size, o.Size)
-		}
-		return nil
-	} else if !errors.Is(err, fscache.ErrUnknown) {
-		return err
-	}
-	obj, err := openObject(e.root, e.dir, o, e.watched)
-	if err != nil {
-		return err
-	}
-	// Known before marked: an event cannot come for a file we do not know.
-	if err := e.insert(obj); err != nil {
-		return errors.Join(err, obj.close())
-	}
-	if err := obj.mark(e.group); err != nil {
-		e.forget(obj)
-		return errors.Join(err, obj.close())
-	}
-	return nil
-}
-
-func (e *Engine) insert(obj *object) error {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	if e.closed {
-		return fscache.ErrClosed
-	}
-	if other := e.byInode[obj.inode]; other != nil {
-		return fmt.Errorf("cache file %s is the same file as %s: remove one of them", obj.path, other.path)
-	}
-	e.objects[obj.key] = obj
-	e.byInode[obj.inode] = obj
-	return nil
-}
-
-func (e *Engine) forget(obj *object) {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	delete(e.objects, obj.key)
-	delete(e.byInode, obj.inode)
-}
 
 // object finds what was added, or says ErrUnknown or ErrClosed.
 func (e *Engine) object(k fscache.Key) (*object, error) {
@@ -191,38 +203,6 @@ func (e *Engine) object(k fscache.Key) (*object, error) {
 		return o, nil
 	}
 	return nil, fmt.Errorf("object %s: %w", k, fscache.ErrUnknown)
-}
-
-// Remove implements fscache.Engine.
-func (e *Engine) Remove(k fscache.Key) error {
-	e.adding.Lock()
-	defer e.adding.Unlock()
-	o, err := e.object(k)
-	if err != nil {
-		return err
-	}
-	used, err := o.inUse()
-	if err != nil {
-		return err
-	}
-	if used {
-		return fmt.Errorf("object %s is in use by a mount: unmount it first: %w", k, fscache.ErrBusy)
-	}
-	if err := o.unmark(e.group); err != nil {
-		return err
-	}
-	e.forget(o)
-	delete(e.watched, o.inode.ino)
-	return o.close()
-}
-
-// Complete implements fscache.Engine: it removes the mark.
-func (e *Engine) Complete(k fscache.Key) error {
-	o, err := e.object(k)
-	if err != nil {
-		return err
-	}
-	return o.unmark(e.group)
 }
 
 // WriteAt implements fscache.Engine. ErrNotOpen: the object was taken over and nothing has read it since.
@@ -270,46 +250,63 @@ func (e *Engine) Sync(k fscache.Key) error {
 	return o.sync()
 }
 
-// Freeze implements fscache.Engine. An event that a Next has read when Freeze comes is still returned by it.
+// Freeze implements fscache.Engine. An event that a Next has read when Freeze comes is still returned by it. It waits until what nobody could
+// identify after a takeover is swept: nobody who takes over from a running process does that.
 func (e *Engine) Freeze() error {
+	err := e.sweep.end(false)
+	if err != nil && !errors.Is(err, fscache.ErrClosed) {
+		return err
+	}
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if e.frozen {
 		return nil
 	}
 	e.frozen = true
-	e.room.Broadcast()
-	if err := e.group.SetReadDeadline(time.Unix(1, 0)); err != nil {
-		return fmt.Errorf("waking readers of the fanotify group: %w", err)
-	}
-	return nil
+	return e.wake()
 }
 
 // Close implements fscache.Engine. If nobody else holds the group, the kernel now lets every waiting reader on, and
-// all that follow, onto whatever is in the files: see I4.
+// all that follow, onto whatever is in the files: see I4. Slots of events that were not answered stay lent.
 func (e *Engine) Close() error {
-	e.adding.Lock()
-	defer e.adding.Unlock()
+	_ = e.sweep.end(true)
 	err := e.Freeze()
+	e.reading.Lock() // whoever reads has given back what it was lent
 	e.mu.Lock()
+	e.reading.Unlock()
 	if e.closed {
 		e.mu.Unlock()
 		return nil
 	}
 	e.closed = true
-	events := e.pending
-	e.pending = nil
 	e.mu.Unlock()
-	for fd := range events {
-		_ = unix.Close(int(fd))
-	}
 	return errors.Join(err, e.closeFiles())
 }
 
-// closeFiles closes the objects and then the group.
+// closeFiles closes all there is, the group last.
 func (e *Engine) closeFiles() error {
+	_ = e.sweep.end(true)
+	e.background.Wait()
+	e.reserved.Release()
+	e.mu.Lock()
+	objects, events, orphans, adoptable := e.objects, e.pending, e.orphans, e.adoptable
+	e.objects, e.pending, e.orphans, e.adoptable, e.queue = nil, nil, nil, nil, nil
+	e.mu.Unlock()
+	for fd, p := range events {
+		if !p.taken {
+			_ = unix.Close(int(fd))
+		}
+	}
+	for fd, o := range orphans {
+		if o.placed {
+			_ = unix.Close(int(fd))
+		}
+	}
 	var err error
-	for _, o := range e.objects {
+	for _, f := range adoptable {
+		err = errors.Join(err, f.Close())
+	}
+	for _, o := range objects {
 		err = errors.Join(err, o.close())
 	}
 	if e.root != nil {

@@ -28,6 +28,8 @@ type Event struct {
 	// (HasRange false) it may need any of them.
 	HasRange bool
 	Off, Len int64
+
+	file inode // of the descriptor, once that was asked
 }
 
 // A MalformedError says which field of a kernel message does not make sense.

@@ -10,8 +10,6 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
-
-	"holdfast/fscache"
 )
 
 const (
@@ -89,25 +87,6 @@ func markedInodes(group *os.File) (map[uint64]bool, error) {
 		marked[ino] = true
 	}
 	return marked, nil
-}
-
-// sweep denies, with EIO, every event a dead process read from this group and did not answer. Their numbers are not
-// known, so every number it can have had is tried; one that no event has is ENOENT and does nothing. It must run
-// before the first read: after that a number could be one of our own. It returns how many readers it let go.
-func sweep(group *os.File, numbers int) (int, error) {
-	denied := 0
-	for fd := 0; fd < numbers; {
-		b := encodeResponse(int32(fd), response(fscache.EIO))
-		switch _, err := group.Write(b[:]); {
-		case err == nil:
-			denied++ // the next event of the same number, if there is one, is next
-		case errors.Is(err, unix.ENOENT):
-			fd++
-		default:
-			return denied, fmt.Errorf("denying leftover event %d: %w", fd, err)
-		}
-	}
-	return denied, nil
 }
 
 // descriptorLimit is how many descriptors a process of this unit can have: the hard limit, which Go programs run at

@@ -183,13 +183,13 @@ func TestMalformedEventIsDeniedIfItHasADescriptor(t *testing.T) {
 	path := add(t, e, testObject)
 	done := reading(path, 0)
 	// Take the event as Next would, then let decode see a damaged copy of it.
-	var buf [maxEventLen]byte
-	n, err := e.group.Read(buf[:])
+	var buf [SlotLen]byte
+	n, err := e.group.Read(buf[:maxEventLen])
 	if err != nil {
 		t.Fatal(err)
 	}
 	buf[0] = 255 // event_len past the buffer
-	if _, ok := e.decode(buf[:n]); ok {
+	if ev := e.decode(buf[:], n, noSlot); ev.FD != noFD {
 		t.Error("the damaged event was accepted")
 	}
 	if err := await(t, done); !errors.Is(err, unix.EIO) {
@@ -267,7 +267,7 @@ func TestSuccessorWritesOnceTheFirstEventCame(t *testing.T) {
 	defer reader.Close()
 	old.Close()
 
-	e := open(t, Config{Dir: dir, Group: group})
+	e := open(t, Config{Dir: dir, Inherited: fscache.Inherited{Lifeline: group}})
 	add(t, e, testObject)
 	k := testObject.Key
 	if err := e.WriteAt(k, make([]byte, page), 0); !errors.Is(err, fscache.ErrNotOpen) {
@@ -311,7 +311,7 @@ func TestSuccessorWritesAtOnceToWhatWasComplete(t *testing.T) {
 	}
 	group := copyOf(t, old)
 	old.Close()
-	e := open(t, Config{Dir: dir, Group: group})
+	e := open(t, Config{Dir: dir, Inherited: fscache.Inherited{Lifeline: group}})
 	add(t, e, testObject)
 	if err := e.WriteAt(testObject.Key, make([]byte, page), 0); err != nil {
 		t.Error(err)
@@ -333,7 +333,8 @@ func TestSweepDeniesEveryLeftover(t *testing.T) {
 	group := copyOf(t, old)
 	old.Close()
 	core, logs := observer.New(zapcore.InfoLevel)
-	open(t, Config{Dir: dir, Group: group, Log: zap.New(core)})
+	e := open(t, Config{Dir: dir, Inherited: fscache.Inherited{Lifeline: group}, Log: zap.New(core)})
+	e.background.Wait()
 	for _, d := range done {
 		if err := await(t, d); !errors.Is(err, unix.EIO) {
 			t.Errorf("leftover reader got %v, want EIO", err)
@@ -351,7 +352,7 @@ func TestInheritedDescriptorMustBeAGroup(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer w.Close()
-	if _, err := Open(Config{Dir: t.TempDir(), Group: r}); err == nil || !strings.Contains(err.Error(), "not a fanotify group") {
+	if _, err := Open(Config{Dir: t.TempDir(), Inherited: fscache.Inherited{Lifeline: r}}); err == nil || !strings.Contains(err.Error(), "not a fanotify group") {
 		t.Errorf("Open with a pipe: %v", err)
 	}
 }

@@ -43,6 +43,9 @@ func (e *Engine) mount(m fscache.Mount) error {
 		if o.size != b.Size {
 			return fmt.Errorf("object %s was added with %d bytes, the image says %d", b.Key, o.size, b.Size)
 		}
+		if err := e.prepare(o); err != nil {
+			return err
+		}
 		devices = append(devices, o.path)
 	}
 	fd, err := newMount(m.BootstrapPath, devices)
@@ -51,6 +54,16 @@ func (e *Engine) mount(m fscache.Mount) error {
 	}
 	defer unix.Close(fd)
 	return erofs.Attach(fd, m.Dir)
+}
+
+// prepare marks what is not complete, before the mount opens it: whether a file raises events is settled then.
+func (e *Engine) prepare(o *object) error {
+	o.changing.Lock()
+	defer o.changing.Unlock()
+	if o.gone {
+		return fmt.Errorf("object %s: %w", o.key, fscache.ErrUnknown)
+	}
+	return e.watch(o)
 }
 
 // newMount makes a mount of an EROFS image in plain files that is not attached anywhere, and returns its descriptor. The

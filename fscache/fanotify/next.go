@@ -5,43 +5,104 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"time"
 
 	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
 
 	"holdfast/fscache"
+	"holdfast/state/crash"
 )
 
-// Next implements fscache.Engine. The group's read lock lets one caller at a time wait; it reads one event. An epoll
-// instance for each caller instead (EPOLLEXCLUSIVE) was measured to be no faster: see BenchmarkMissEngine.
+// Next implements fscache.Engine. One caller at a time waits; it reads one event. An epoll instance for each caller
+// instead (EPOLLEXCLUSIVE) was measured to be no faster: see BenchmarkMissEngine.
 func (e *Engine) Next() (fscache.Request, error) {
+	r, blind, err := e.next()
+	if blind != nil {
+		e.adopt(blind, int(r.ID))
+	}
+	return r, err
+}
+
+// next also returns the request's object if that has no quiet descriptor yet.
+func (e *Engine) next() (fscache.Request, *object, error) {
+	e.reading.Lock()
+	defer e.reading.Unlock()
 	for {
-		ev, err := e.read()
-		if err != nil {
-			return fscache.Request{}, err
+		if r, ok, err := e.admit(); ok || err != nil {
+			return r, nil, err
 		}
-		if r, ok, err := e.accept(ev); ok || err != nil {
-			return r, err
+		if err := e.sweep.ahead(); err != nil {
+			return fscache.Request{}, nil, err
+		}
+		ev, slot, err := e.read()
+		if err != nil {
+			return fscache.Request{}, nil, err
+		}
+		if ev.FD == noFD {
+			continue
+		}
+		if err := e.sweep.pass(ev.FD); err != nil {
+			return fscache.Request{}, nil, err // the event is in its slot
+		}
+		if r, o, ok := e.accept(ev, slot); ok {
+			return r, o, nil
 		}
 	}
 }
 
-// read returns the next event that has a descriptor. Errors end the engine.
-func (e *Engine) read() (Event, error) {
-	var buf [maxEventLen]byte // room for one event: what we have not read stays with the kernel
+// admit returns a request that was inherited, or waits until one more event may be read: one that finds no descriptor is denied by
+// the kernel, one that is left with it waits.
+func (e *Engine) admit() (fscache.Request, bool, error) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
 	for {
-		e.waitForRoom()
-		n, err := e.group.Read(buf[:])
+		switch {
+		case e.frozen:
+			return fscache.Request{}, false, fscache.ErrClosed
+		case e.alive:
+			return fscache.Request{}, false, errors.New("reading the fanotify group while the predecessor does: Expect comes first")
+		case e.unsettled:
+			e.mu.Unlock()
+			e.settle()
+			e.mu.Lock()
+			continue
+		case len(e.queue) > 0:
+			r := e.queue[0]
+			e.queue = e.queue[1:]
+			return r, true, nil
+		case e.inFlight < e.limit:
+			return fscache.Request{}, false, nil
+		}
+		e.room.Wait()
+	}
+}
+
+// read returns the next event and the slot it is in, with its file written down there. Its FD is noFD where one was denied, or something
+// woke the reader. Errors end the engine.
+func (e *Engine) read() (Event, int, error) {
+	none := Event{FD: noFD}
+	slot, p, err := e.take()
+	if err != nil {
+		return none, noSlot, err
+	}
+	for {
+		unidentify(p)
+		n, err := e.group.Read(p[:maxEventLen]) // room for one event: what we have not read stays with the kernel
 		switch {
 		case err == nil:
-			if ev, ok := e.decode(buf[:n]); ok {
-				return ev, nil
-			}
-		case errors.Is(err, os.ErrDeadlineExceeded), errors.Is(err, os.ErrClosed):
-			return Event{}, fscache.ErrClosed
+			crash.Point("fanotify.read.before-identity")
+			return e.decode(p, n, slot), slot, nil
+		case errors.Is(err, os.ErrDeadlineExceeded):
+			e.free(slot)
+			return none, noSlot, e.rearm()
+		case errors.Is(err, os.ErrClosed):
+			e.free(slot)
+			return none, noSlot, fscache.ErrClosed
 		case errors.Is(err, unix.EINVAL), errors.Is(err, unix.EFAULT), errors.Is(err, unix.EBADF):
 			// EINVAL: a record larger than any this release knows (get_one_event). It stays first in the queue.
-			return Event{}, fmt.Errorf("reading the fanotify group: %w", err)
+			e.free(slot)
+			return none, noSlot, fmt.Errorf("reading the fanotify group: %w", err)
 		case errors.Is(err, io.EOF):
 		default:
 			// The kernel could not open a descriptor (EMFILE, ENFILE, ENOMEM) and denied that one reader.
@@ -50,116 +111,90 @@ func (e *Engine) read() (Event, error) {
 	}
 }
 
-// waitForRoom holds reading back while half of all descriptors are taken by events: an event left with the kernel
-// waits, one it finds no descriptor for is denied.
-func (e *Engine) waitForRoom() {
+// rearm lets reads wait again after Replay woke them.
+func (e *Engine) rearm() error {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	for len(e.pending) >= e.limit && !e.frozen {
-		e.room.Wait()
+	if e.frozen {
+		return fscache.ErrClosed
 	}
+	return e.group.SetReadDeadline(time.Time{})
 }
 
-// decode returns the event in b. One that makes no sense is denied, as is anything behind it: the buffer has room for one
-// event with its range.
-func (e *Engine) decode(b []byte) (Event, bool) {
-	first, rest, err := DecodeEvent(b)
-	if err != nil {
-		e.refuse(first, "malformed event", zap.Error(err), zap.Binary("message", b))
-		return Event{}, false
+// wake makes the Next that reads look at what there is to do; mu is held.
+func (e *Engine) wake() error {
+	e.room.Broadcast()
+	if err := e.group.SetReadDeadline(time.Unix(1, 0)); err != nil {
+		return fmt.Errorf("waking readers of the fanotify group: %w", err)
 	}
+	return nil
+}
+
+// decode returns the event in the first n bytes of p, identified; FD is noFD if it was denied. One that makes no sense is denied, as is
+// anything behind it: the buffer has room for one event with its range.
+func (e *Engine) decode(p []byte, n, slot int) Event {
+	first, rest, err := DecodeEvent(p[:n])
+	if err == nil && first.FD != noFD && first.Mask == unix.FAN_PRE_ACCESS && len(rest) == 0 {
+		var st unix.Stat_t
+		if err = unix.Fstat(int(first.FD), &st); err == nil {
+			first.file = inode{dev: st.Dev, ino: st.Ino}
+			identify(p, first.file)
+			return first
+		}
+	}
+	why := []zap.Field{zap.Error(err), zap.Binary("message", p[:n]), zap.Uint64("mask", first.Mask)}
 	for len(rest) > 0 {
 		var extra Event
-		extra, rest, err = DecodeEvent(rest)
-		e.refuse(extra, "event behind another one", zap.Error(err), zap.Binary("message", b))
+		extra, rest, _ = DecodeEvent(rest)
+		e.refuse(extra, noSlot, "event behind another one", why...)
 	}
-	if first.FD == noFD || first.Mask != unix.FAN_PRE_ACCESS {
-		e.refuse(first, "unexpected kind of event", zap.Uint64("mask", first.Mask))
-		return Event{}, false
-	}
-	return first, true
+	e.refuse(first, slot, "event that makes no sense", why...)
+	return Event{FD: noFD}
 }
 
-// accept takes ownership of the event's descriptor and makes a request of it.
-func (e *Engine) accept(ev Event) (fscache.Request, bool, error) {
-	var st unix.Stat_t
-	if err := unix.Fstat(int(ev.FD), &st); err != nil {
-		e.refuse(ev, "event with a bad descriptor", zap.Error(err))
-		return fscache.Request{}, false, nil
-	}
+// accept makes a request of an event, whose descriptor and slot are pending from here on. It also returns the object if that has
+// no quiet descriptor yet.
+func (e *Engine) accept(ev Event, slot int) (fscache.Request, *object, bool) {
 	e.mu.Lock()
-	if e.closed {
-		e.mu.Unlock()
-		_ = unix.Close(int(ev.FD)) // unanswered: the successor's, if there is one
-		return fscache.Request{}, false, fscache.ErrClosed
-	}
-	o := e.byInode[inode{dev: st.Dev, ino: st.Ino}]
+	o := e.byInode[ev.file]
 	if o == nil {
+		known := e.abandoned[ev.file]
 		e.mu.Unlock()
-		e.refuse(ev, "event of a file that is no cache object", zap.Uint64("dev", st.Dev), zap.Uint64("inode", st.Ino))
-		return fscache.Request{}, false, nil
+		if known {
+			e.turnAway(ev, slot)
+			return fscache.Request{}, nil, false
+		}
+		e.refuse(ev, slot, "event of a file that is no cache object", zap.Uint64("dev", ev.file.dev), zap.Uint64("inode", ev.file.ino))
+		return fscache.Request{}, nil, false
 	}
 	e.token++
 	r := fscache.Request{Op: fscache.OpRead, Object: o.key, Off: ev.Off, Len: ev.Len, ID: uint64(ev.FD), Token: e.token}
 	if !ev.HasRange {
 		r.Off, r.Len = 0, o.size
 	}
-	if o.quiet.Load() == nil {
-		if err := o.adopt(int(ev.FD)); err != nil {
-			e.log.Warn("cannot write to an object yet", zap.Error(err))
-		}
-	}
-	e.pending[ev.FD] = pendingEvent{token: e.token}
+	e.pending[ev.FD] = pendingEvent{token: e.token, slot: slot, object: o, off: r.Off, len: r.Len}
+	e.inFlight++
 	e.mu.Unlock()
-	return r, true, nil
+	crash.Point("fanotify.read.after-identity")
+	if o.quiet.Load() == nil {
+		return r, o, true
+	}
+	return r, nil, true
 }
 
 // refuse denies an event that cannot become a request, and says why.
-func (e *Engine) refuse(ev Event, why string, fields ...zap.Field) {
+func (e *Engine) refuse(ev Event, slot int, why string, fields ...zap.Field) {
 	e.log.Error("denied a reader: "+why, append(fields, zap.Int32("pid", ev.PID), zap.Int32("fd", ev.FD))...)
+	e.turnAway(ev, slot)
+}
+
+// turnAway denies an event that is not pending.
+func (e *Engine) turnAway(ev Event, slot int) {
 	if ev.FD == noFD {
+		e.free(slot)
 		return
 	}
-	if err := e.respond(ev.FD, response(fscache.EIO)); err != nil && !errors.Is(err, fscache.ErrGone) {
+	if err := e.respond(ev.FD, slot, fscache.EIO); err != nil && !errors.Is(err, fscache.ErrGone) {
 		e.log.Error("denying a reader", zap.Error(err))
 	}
-}
-
-// Answer implements fscache.Engine.
-func (e *Engine) Answer(r fscache.Request, a fscache.Errno) error {
-	e.mu.Lock()
-	if e.closed {
-		e.mu.Unlock()
-		return fscache.ErrClosed
-	}
-	fd := int32(r.ID)
-	p, ok := e.pending[fd]
-	if !ok || p.token != r.Token || r.ID != uint64(fd) {
-		e.mu.Unlock()
-		return fmt.Errorf("event %d of %s: %w", r.ID, r.Object, fscache.ErrAnswered)
-	}
-	delete(e.pending, fd)
-	e.room.Signal()
-	e.mu.Unlock()
-	return e.respond(fd, response(a))
-}
-
-// respond writes an answer and gives the event's number back.
-//
-// ORDER: answer before close. The kernel finds the event by number: closed first, the number could name a newer event.
-func (e *Engine) respond(fd int32, response uint32) error {
-	b := encodeResponse(fd, response)
-	_, err := e.group.Write(b[:])
-	closeErr := unix.Close(int(fd))
-	switch {
-	case errors.Is(err, unix.ENOENT):
-		return fscache.ErrGone
-	case errors.Is(err, os.ErrClosed):
-		return fscache.ErrClosed
-	case err != nil:
-		return fmt.Errorf("answering event %d: %w", fd, err)
-	case closeErr != nil:
-		return fmt.Errorf("closing event %d: %w", fd, closeErr)
-	}
-	return nil
 }

@@ -33,10 +33,20 @@ type object struct {
 	// see file.
 	seek *os.File
 
+	marked atomic.Bool // changes under changing
+
+	// changing is held by the one who adds, completes, mounts or removes the object, also while the holder works on it, and by nobody else.
+	// Taken before Engine.mu.
+	changing sync.Mutex
+	held     bool // guarded by changing: the holder has quiet
+	complete bool // guarded by changing
+	gone     bool // guarded by changing: removed
+
 	mu        sync.Mutex
-	marked    bool // guarded by mu
 	dirSynced bool // guarded by mu
 }
+
+func (o *object) object() fscache.Object { return fscache.Object{Key: o.key, Size: o.size} }
 
 // checkName refuses what is not the name of one file in one directory.
 func checkName(what, s string) error {
@@ -63,8 +73,7 @@ func checkObject(o fscache.Object) error {
 }
 
 // openObject opens the cache file of o below root (dir is root's path), sparse and of o's size, making it where absent.
-// watched says which inodes raise events already; for those the descriptor will do for seeking only.
-func openObject(root *os.Root, dir string, o fscache.Object, watched map[uint64]bool) (*object, error) {
+func openObject(root *os.Root, dir string, o fscache.Object) (*object, error) {
 	name := filepath.Join(o.Key.Domain, o.Key.ID)
 	obj := &object{key: o.Key, path: filepath.Join(dir, name), size: o.Size}
 	if err := root.Mkdir(o.Key.Domain, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
@@ -79,12 +88,21 @@ func openObject(root *os.Root, dir string, o fscache.Object, watched map[uint64]
 		return nil, err
 	}
 	obj.seek = f
-	if watched[obj.inode.ino] {
-		obj.marked = true
-	} else {
-		obj.quiet.Store(f)
-	}
 	return obj, nil
+}
+
+// inodeOf asks which file a descriptor is of.
+func inodeOf(f *os.File) (inode, error) {
+	var st unix.Stat_t
+	err := control(f, func(fd int) error { return unix.Fstat(fd, &st) })
+	return inode{dev: st.Dev, ino: st.Ino}, err
+}
+
+// take makes a descriptor that the holder has the object's quiet one. Nobody else has the object yet.
+func (o *object) take(f *os.File) {
+	_ = o.seek.Close() // only opened
+	o.seek, o.held = f, true
+	o.quiet.Store(f)
 }
 
 // adjust checks that f is the object's file, and gives a new one its size.
@@ -109,13 +127,8 @@ func (o *object) adjust(f *os.File) error {
 	return fmt.Errorf("cache file %s has %d bytes, the object has %d: remove the file if nothing has it mounted", o.path, st.Size, o.size)
 }
 
-// mark makes reads of the file raise events, from every description opened afterwards.
+// mark makes reads of the file raise events, from every description opened afterwards; changing is held.
 func (o *object) mark(group *os.File) error {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	if o.marked {
-		return nil
-	}
 	err := o.changeMark(group, unix.FAN_MARK_ADD)
 	if errors.Is(err, unix.EOPNOTSUPP) {
 		return fmt.Errorf("cache file %s: its file system cannot hold files under pre-content events (ext4, xfs and btrfs can): move the cache directory: %w", o.path, err)
@@ -123,21 +136,19 @@ func (o *object) mark(group *os.File) error {
 	if err != nil {
 		return fmt.Errorf("mark on cache file %s: %w", o.path, err)
 	}
-	o.marked = true
+	o.marked.Store(true)
 	return nil
 }
 
-// unmark makes the kernel stop asking.
+// unmark makes the kernel stop asking; changing is held. A predecessor may have done so: ENOENT.
 func (o *object) unmark(group *os.File) error {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	if !o.marked {
+	if !o.marked.Load() {
 		return nil
 	}
 	if err := o.changeMark(group, unix.FAN_MARK_REMOVE); err != nil && !errors.Is(err, unix.ENOENT) {
 		return fmt.Errorf("removing the mark of cache file %s: %w", o.path, err)
 	}
-	o.marked = false
+	o.marked.Store(false)
 	return nil
 }
 
@@ -181,16 +192,13 @@ func (o *object) file() *os.File {
 	return o.seek
 }
 
-// adopt keeps a copy of an event's descriptor as the object's quiet one, if it has none.
+// adopt makes a copy of an event's descriptor the object's quiet one.
 func (o *object) adopt(eventFD int) error {
 	fd, err := unix.FcntlInt(uintptr(eventFD), unix.F_DUPFD_CLOEXEC, 0)
 	if err != nil {
 		return fmt.Errorf("cache file %s: keeping the event's descriptor: %w", o.path, err)
 	}
-	f := os.NewFile(uintptr(fd), o.path)
-	if !o.quiet.CompareAndSwap(nil, f) {
-		return f.Close()
-	}
+	o.quiet.Store(os.NewFile(uintptr(fd), o.path))
 	return nil
 }
 
@@ -265,6 +273,16 @@ func (o *object) ioError(doing string, off int64, err error) error {
 		err = fmt.Errorf("%w: %w", fscache.ErrNoSpace, err)
 	}
 	return fmt.Errorf("%s cache file %s at %d: %w", doing, o.path, off, err)
+}
+
+// hasHoles says whether bytes of the file are not there. Asking raises no event.
+func (o *object) hasHoles() (bool, error) {
+	var hole int64
+	err := control(o.file(), func(fd int) (err error) {
+		hole, err = unix.Seek(fd, 0, unix.SEEK_HOLE)
+		return err
+	})
+	return hole < o.size, o.ioError("finding holes of", 0, err)
 }
 
 // present lists the file's data extents. Preallocated space that was never written is a hole (ext4 and xfs say so).

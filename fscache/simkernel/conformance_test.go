@@ -2,7 +2,8 @@ package simkernel_test
 
 import (
 	"context"
-	"os"
+	"slices"
+	"sync"
 	"testing"
 
 	"holdfast/fscache"
@@ -43,21 +44,59 @@ func (p simProcess) Kill() error {
 	return nil
 }
 
+// A supervisor keeps what engines give it to hold.
+type supervisor struct {
+	k    *simkernel.Kernel
+	mu   sync.Mutex
+	held []fscache.Held
+}
+
+func (s *supervisor) Hold(h fscache.Held) error {
+	if err := s.k.Keep(h); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.held = append(s.held, h)
+	return nil
+}
+
+func (s *supervisor) Drop(h fscache.Held) {
+	s.mu.Lock()
+	i := slices.Index(s.held, h)
+	if i >= 0 {
+		s.held = slices.Delete(s.held, i, i+1)
+	}
+	s.mu.Unlock()
+	if i >= 0 {
+		s.k.Let(h)
+	}
+}
+
+func (s *supervisor) list() []fscache.Held {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.Clone(s.held)
+}
+
 func TestConformance(t *testing.T) {
 	for name, c := range map[string]struct {
 		mode      simkernel.Mode
 		successor enginetest.Successor
 	}{
-		"cachefiles": {simkernel.Cachefiles, enginetest.Redelivers},
-		"fanotify":   {simkernel.Fanotify, enginetest.DeniesThenAsksAgain},
+		"cachefiles":               {simkernel.Cachefiles, enginetest.Redelivers},
+		"cachefilesWithoutRestore": {simkernel.CachefilesWithoutRestore, enginetest.Replays},
+		"fanotify":                 {simkernel.Fanotify, enginetest.Replays},
 	} {
 		t.Run(name, func(t *testing.T) {
 			enginetest.Run(t, func(*testing.T) enginetest.Harness {
 				k := simkernel.New(c.mode)
+				s := &supervisor{k: k}
 				return enginetest.Harness{
-					Open: func(t testing.TB, _ *os.File) fscache.Engine {
+					Open: func(t testing.TB, left fscache.Inherited, inbox fscache.Inbox, _ fscache.Holder) fscache.Engine {
 						t.Helper()
-						e, err := k.Open()
+						left.Objects = s.list()
+						e, err := k.Start(simkernel.Config{Inherited: left, Inbox: inbox, Holder: s, Reserve: 64})
 						if err != nil {
 							t.Fatal(err)
 						}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 
 	"holdfast/fscache"
@@ -13,19 +14,110 @@ import (
 // Name is the engine's name.
 const Name = "simkernel"
 
-// An Engine is a process that has a Kernel's interface open. Make one with Kernel.Open. All fields are guarded by
-// Kernel.mu.
+// A Config says what a process works with, as that of the real engines does.
+type Config struct {
+	// Inherited is what the predecessor left. Its files are not used: the kernel knows whether the interface was open
+	// before, and objects' descriptors go by their handles.
+	Inherited fscache.Inherited
+	Inbox     fscache.Inbox  // nil: requests are read into private memory
+	Holder    fscache.Holder // nil: nothing is held beyond the process
+
+	// Point is called with the name of each step between reading a request and forgetting it, and of each of Start's. It may
+	// panic: that is the process's death at this instruction, and Kill must follow, but for Start's steps. nil: nothing.
+	Point func(name string)
+	// Reserve is below which number a successor in an upgrade keeps all descriptors occupied, from its start to Expect.
+	Reserve int
+	// Limit is how many descriptors the process can have (RLIMIT_NOFILE); 0: as many as it wants.
+	Limit int
+	// Unsafe leaves safeties out, for tests that show that they are missed.
+	Unsafe Unsafe
+}
+
+// Unsafe says which safeties a process is without.
+type Unsafe struct {
+	NoOccupying   bool // fanotify: inherited numbers are not kept occupied
+	RestoreFirst  bool // cachefiles: restore first, and let the daemon answer inherited OPENs
+	RecordsFirst  bool // fanotify: of a record and a message of one number, the record is believed
+	CloseThenFree bool // fanotify: the number is free before the slot is
+	AnswerFreed   bool // the slot is freed before the answer
+	ForgetReplay  bool // cachefiles: an OPEN that a predecessor answered with its last breath is taken for one that is gone
+}
+
+// An Engine is a process that has a Kernel's interface open. Make one with Kernel.Open or Kernel.Start. All fields but the
+// first two are guarded by Kernel.mu.
 type Engine struct {
-	k       *Kernel
+	k *Kernel
+	c Config
+
 	frozen  bool                  // Next is over
 	closed  bool                  // everything is; implies frozen
 	added   map[fscache.Key]int64 // sizes
-	quiet   map[fscache.Key]bool  // fanotify: files it has a descriptor of that raises no events
-	pending map[uint64]uint64     // tokens by number
+	pending map[uint64]*work      // by token
+	handout []*work               // inherited, for Next, before anything is read
 	token   uint64
+
+	// A hot upgrade's successor, until Replay.
+	waits    bool             // Expect was not called yet: nothing may be read
+	expected map[uint64]*work // the predecessor has them, by ID
+
+	cache cacheProcess // cachefiles
+	fan   fanProcess   // fanotify
 }
 
-var _ fscache.Engine = (*Engine)(nil)
+// work is a request that a process has.
+type work struct {
+	fscache.Pending
+	slot   int     // where its message is; noSlot: nowhere
+	orphan *orphan // fanotify: another process read it
+	lent   bool    // cachefiles: a predecessor had it, and may have answered it with its last breath
+}
+
+const noSlot = -1
+
+var (
+	_ fscache.Engine    = (*Engine)(nil)
+	_ fscache.Successor = (*Engine)(nil)
+)
+
+// Open starts a process that knows nothing but the interface: the first, or a successor of one that was closed.
+func (k *Kernel) Open() (*Engine, error) { return k.Start(Config{}) }
+
+// Start starts a process on the interface. Unless it inherits from one that is alive, it is the only one.
+func (k *Kernel) Start(c Config) (*Engine, error) {
+	if c.Point == nil {
+		c.Point = func(string) {}
+	}
+	e := &Engine{
+		k: k, c: c,
+		added: make(map[fscache.Key]int64), pending: make(map[uint64]*work), expected: make(map[uint64]*work),
+		waits: c.Inherited.Alive,
+	}
+	started := false
+	defer func() {
+		if !started {
+			e.Kill()
+		}
+	}()
+	err := e.start()
+	started = err == nil
+	return e, err
+}
+
+func (e *Engine) start() error {
+	k := e.k
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if len(k.processes) > 0 && !e.waits {
+		return fmt.Errorf("opening the simulated kernel: another process has it: %w", fscache.ErrBusy) // daemon.c:99
+	}
+	k.processes = append(k.processes, e)
+	if k.device != nil {
+		e.startCachefiles()
+	} else {
+		e.startFanotify()
+	}
+	return nil
+}
 
 // Name implements fscache.Engine.
 func (e *Engine) Name() string { return Name }
@@ -42,16 +134,24 @@ func checkName(s string) error {
 
 // Add implements fscache.Engine.
 func (e *Engine) Add(ctx context.Context, o fscache.Object) error {
-	e.k.mu.Lock()
-	defer e.k.mu.Unlock()
-	if e.closed {
-		return fscache.ErrClosed
-	}
 	if err := errors.Join(ctx.Err(), checkName(o.Key.Domain), checkName(o.Key.ID)); err != nil {
 		return err
 	}
 	if o.Size <= 0 || o.Size%page != 0 {
 		return fmt.Errorf("object %s: size %d is not of whole blocks", o.Key, o.Size)
+	}
+	again, err := e.add(o)
+	if err != nil || again || e.k.group == nil {
+		return err
+	}
+	return e.watch(o)
+}
+
+func (e *Engine) add(o fscache.Object) (again bool, err error) {
+	e.k.mu.Lock()
+	defer e.k.mu.Unlock()
+	if e.closed {
+		return false, fscache.ErrClosed
 	}
 	f := e.k.files[o.Key]
 	if f == nil {
@@ -59,13 +159,11 @@ func (e *Engine) Add(ctx context.Context, o fscache.Object) error {
 		e.k.files[o.Key] = f
 	}
 	if f.size != o.Size {
-		return fmt.Errorf("object %s has %d bytes, not %d", o.Key, f.size, o.Size)
+		return false, fmt.Errorf("object %s has %d bytes, not %d", o.Key, f.size, o.Size)
 	}
-	if _, again := e.added[o.Key]; !again {
-		e.added[o.Key] = o.Size
-		e.k.low.add(e, o.Key)
-	}
-	return nil
+	_, again = e.added[o.Key]
+	e.added[o.Key] = o.Size
+	return again, nil
 }
 
 // file finds what was added; k.mu is held.
@@ -92,21 +190,38 @@ func (e *Engine) with(k fscache.Key, op func(f *file) error) error {
 
 // Remove implements fscache.Engine.
 func (e *Engine) Remove(k fscache.Key) error {
-	return e.with(k, func(*file) error {
+	var held []fscache.Held
+	err := e.with(k, func(*file) error {
 		if e.k.used(k) {
 			return fmt.Errorf("object %s is mounted: %w", k, fscache.ErrBusy)
 		}
-		e.k.low.complete(k)
+		if e.k.group != nil {
+			held = e.unwatch(k)
+		}
 		delete(e.added, k)
-		delete(e.quiet, k)
 		return nil
 	})
+	e.drop(held...)
+	return err
+}
+
+// drop tells the supervisor what need not be held any more. No lock is held.
+func (e *Engine) drop(held ...fscache.Held) {
+	if e.c.Holder == nil {
+		return
+	}
+	for _, h := range held {
+		e.c.Point("drop.before")
+		e.c.Holder.Drop(h)
+	}
 }
 
 // Complete implements fscache.Engine.
 func (e *Engine) Complete(k fscache.Key) error {
 	return e.with(k, func(*file) error {
-		e.k.low.complete(k)
+		if e.k.group != nil {
+			delete(e.k.group.marks, k)
+		}
 		return nil
 	})
 }
@@ -117,21 +232,17 @@ func (e *Engine) WriteAt(k fscache.Key, p []byte, off int64) error {
 		if err := f.check(off, int64(len(p)), true); err != nil {
 			return err
 		}
-		if !e.k.low.writable(e, k) {
+		if e.k.device != nil && !e.cache.attached(e.cache.current[k]) || e.k.group != nil && e.fan.quiet[k] == 0 {
 			return fmt.Errorf("object %s: %w", k, fscache.ErrNotOpen)
 		}
-		for i := int64(0); i < int64(len(p)); i += page {
-			b := make([]byte, page)
-			copy(b, p[i:])
-			f.pages[off+i] = b
-		}
+		f.write(p, off)
 		return nil
 	})
 }
 
 // unsupported is what the cachefiles interface cannot do: its descriptors are for writing only.
 func (e *Engine) unsupported(what string) error {
-	if _, ok := e.k.low.(*device); ok {
+	if e.k.device != nil {
 		return fmt.Errorf("%s through /dev/cachefiles: %w", what, errors.ErrUnsupported)
 	}
 	return nil
@@ -146,7 +257,7 @@ func (e *Engine) ReadAt(k fscache.Key, p []byte, off int64) error {
 		if err := f.check(off, int64(len(p)), false); err != nil {
 			return err
 		}
-		if !e.quiet[k] {
+		if e.fan.quiet[k] == 0 {
 			return fmt.Errorf("object %s: %w", k, fscache.ErrNotOpen)
 		}
 		clear(p)
@@ -191,13 +302,20 @@ func (e *Engine) Sync(k fscache.Key) error {
 }
 
 // AsksForBootstrap implements fscache.Engine.
-func (e *Engine) AsksForBootstrap() bool {
-	_, ok := e.k.low.(*device)
-	return ok
-}
+func (e *Engine) AsksForBootstrap() bool { return e.k.device != nil }
 
 // Mount implements fscache.Engine.
-func (e *Engine) Mount(ctx context.Context, m fscache.Mount) error {
+func (e *Engine) Mount(_ context.Context, m fscache.Mount) error {
+	done := make(chan error, 1)
+	if err := e.StartMount(m, func(err error) { done <- err }); err != nil {
+		return err
+	}
+	return <-done
+}
+
+// StartMount begins what Mount does, in a process of its own: it ends when its requests are answered, whatever becomes of
+// this one. done is called with the kernel's lock held.
+func (e *Engine) StartMount(m fscache.Mount, done func(error)) error {
 	e.k.mu.Lock()
 	defer e.k.mu.Unlock()
 	if err := e.k.checkMountPoint(m.Dir); err != nil {
@@ -212,7 +330,8 @@ func (e *Engine) Mount(ctx context.Context, m fscache.Mount) error {
 			return fmt.Errorf("mounting on %s: %w", m.Dir, err)
 		}
 	}
-	return e.k.mountOn(ctx, m)
+	e.k.mountOn(new(waiter), m, done)
+	return nil
 }
 
 // Unmount implements fscache.Engine.
@@ -225,48 +344,6 @@ func (e *Engine) Unmount(ctx context.Context, dir string) error {
 	return e.k.unmount(dir)
 }
 
-// Next implements fscache.Engine.
-func (e *Engine) Next() (fscache.Request, error) {
-	e.k.mu.Lock()
-	defer e.k.mu.Unlock()
-	for !e.frozen {
-		if r := e.k.low.next(e); r != nil {
-			e.token++
-			e.pending[r.number] = e.token
-			return fscache.Request{Op: r.op, Object: r.key, Off: r.off, Len: r.n, ID: r.number, Token: e.token}, nil
-		}
-		e.k.changed.Wait()
-	}
-	return fscache.Request{}, fscache.ErrClosed
-}
-
-// lowestFree is the number the process's next descriptor gets. 0 to 2 are taken.
-func (e *Engine) lowestFree() uint64 {
-	for n := uint64(3); ; n++ {
-		if _, taken := e.pending[n]; !taken {
-			return n
-		}
-	}
-}
-
-// Answer implements fscache.Engine.
-func (e *Engine) Answer(r fscache.Request, a fscache.Errno) error {
-	e.k.mu.Lock()
-	defer e.k.mu.Unlock()
-	if e.closed {
-		return fscache.ErrClosed
-	}
-	if token, ok := e.pending[r.ID]; !ok || token != r.Token {
-		return fmt.Errorf("request %d of %s: %w", r.ID, r.Object, fscache.ErrAnswered)
-	}
-	delete(e.pending, r.ID)
-	defer e.k.changed.Broadcast() // an object that opened has READs waiting
-	if r.Op == fscache.OpClose {
-		return nil
-	}
-	return e.k.low.answer(e, r.ID, a)
-}
-
 // Freeze implements fscache.Engine.
 func (e *Engine) Freeze() error {
 	e.k.mu.Lock()
@@ -276,16 +353,45 @@ func (e *Engine) Freeze() error {
 	return nil
 }
 
-// Close implements fscache.Engine: the process ends.
-func (e *Engine) Close() error {
+// Thaw implements fscache.Successor.
+func (e *Engine) Thaw() error {
 	e.k.mu.Lock()
 	defer e.k.mu.Unlock()
 	if e.closed {
-		return nil
+		return fscache.ErrClosed
+	}
+	e.frozen = false
+	return nil
+}
+
+// Abandon implements fscache.Successor.
+func (e *Engine) Abandon(ctx context.Context, m fscache.Mount) error {
+	e.k.mu.Lock()
+	defer e.k.mu.Unlock()
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	return e.k.abandon(m.Dir)
+}
+
+// Close implements fscache.Engine: the process ends. What it has not answered stays in its inbox.
+func (e *Engine) Close() error {
+	e.Kill()
+	return nil
+}
+
+// Kill is the process's death, at whatever instruction it is: its memory and its descriptors are gone. Idempotent.
+func (e *Engine) Kill() {
+	e.k.mu.Lock()
+	defer e.k.mu.Unlock()
+	if e.closed {
+		return
 	}
 	e.frozen, e.closed = true, true
-	e.k.process = nil
-	e.k.low.closed(e, !e.k.kept)
+	e.k.processes = slices.DeleteFunc(e.k.processes, func(p *Engine) bool { return p == e })
+	e.k.low.released(e)
+	if len(e.k.processes) == 0 && !e.k.kept {
+		e.k.low.last()
+	}
 	e.k.changed.Broadcast()
-	return nil
 }

@@ -1,7 +1,6 @@
 package simkernel
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -16,43 +15,46 @@ import (
 // A Mode says which interface a Kernel has.
 type Mode int
 
-// The two interfaces.
+// The interfaces.
 const (
-	Cachefiles Mode = iota + 1 // EROFS over fscache, with restore (Linux 6.8 on)
-	Fanotify                   // file-backed EROFS under pre-content marks
+	Cachefiles               Mode = iota + 1 // EROFS over fscache with restore: Linux 6.8 on, and late updates of 6.1 and 6.6
+	Fanotify                                 // file-backed EROFS under pre-content marks: Linux 6.14 on
+	CachefilesWithoutRestore                 // EROFS over fscache before 6.8, and vendors' kernels
 )
 
 const page = fscache.BlockSize
 
 // A Kernel is the part that outlives processes. Its methods may be called from any goroutine.
 type Kernel struct {
-	mu      sync.Mutex
-	changed sync.Cond // something for Next, or the process ended
-	low     lower
-	files   map[fscache.Key]*file
-	mounts  map[string]*mount
-	process *Engine // that has the interface open, or nil
-	kept    bool    // somebody else holds the lifeline
+	mu        sync.Mutex
+	changed   sync.Cond // something for Next, or a process ended
+	mode      Mode
+	device    *device // one of the two is nil
+	group     *group
+	low       lower // that one
+	files     map[fscache.Key]*file
+	mounts    map[string]*mount
+	processes []*Engine // that are alive, oldest first
+	reader    *Engine   // who read a request last
+	kept      bool      // somebody else holds the lifeline
+	wrong     []string  // see Violations
 }
 
-// A lower is what differs between the interfaces. All methods are called with Kernel.mu held; those that take a
-// context give it up while they wait.
+// A lower is what EROFS and readers see of the interface. All methods are called with Kernel.mu held. What takes a waiter
+// calls done once, at once or later, with Kernel.mu held; never after cancel.
 type lower interface {
-	// opened: a process opened the interface, or got it from a keeper.
-	opened(p *Engine)
-	// closed: the process's descriptors are gone; last: nobody else holds the interface.
-	closed(p *Engine, last bool)
-	add(p *Engine, k fscache.Key)
-	complete(k fscache.Key)
-	writable(p *Engine, k fscache.Key) bool
 	// mount and unmount are what mounting does to an image's objects.
-	mount(ctx context.Context, m *mount) error
+	mount(w *waiter, m *mount, done func(error))
 	unmount(m *mount)
 	// fetch is a reader's wait for a range that is not in the page cache.
-	fetch(ctx context.Context, k fscache.Key, off, n int64) error
-	// next takes the next request to hand out, or nil.
-	next(p *Engine) *request
-	answer(p *Engine, number uint64, e fscache.Errno) error
+	fetch(w *waiter, k fscache.Key, off, n int64, done func(error))
+	// cancel: who waits was killed.
+	cancel(w *waiter)
+	// released: the descriptors of a process are closed. last: nobody else holds the interface.
+	released(p *Engine)
+	last()
+	// obligations lists what was read and waits for an answer.
+	obligations() []fscache.Pending
 }
 
 // A file is a cache file.
@@ -65,10 +67,11 @@ type file struct {
 type mount struct {
 	fscache.Mount
 	open  int                              // files held open, readers at work
+	lost  bool                             // nothing of it can be read any more
 	cache map[fscache.Key]map[int64][]byte // page cache of its files, by offset
 }
 
-// objects are the image's blobs and its bootstrap.
+// objects are the image's bootstrap and its blobs.
 func (m *mount) objects() []fscache.Key {
 	keys := []fscache.Key{m.Bootstrap.Key}
 	for _, b := range m.Blobs {
@@ -82,107 +85,96 @@ type request struct {
 	op     fscache.Op
 	key    fscache.Key
 	off, n int64
-	number uint64     // message id, or event descriptor once read
-	read   bool       // a process has it
-	done   chan error // what the waiter gets; one slot
+	object *kobject    // cachefiles
+	number uint64      // message id, or event descriptor once read
+	read   bool        // a process has it
+	done   func(error) // nil: who waited was killed (FAN_EVENT_CANCELED)
 }
 
-func newRequest(op fscache.Op, k fscache.Key, off, n int64) *request {
-	return &request{op: op, key: k, off: off, n: n, done: make(chan error, 1)}
+// A waiter is what can be killed while it waits for a request.
+type waiter struct {
+	request *request
+	again   bool // if that fails, it asks once more
+}
+
+// finish ends the wait for a request.
+func (r *request) finish(err error) {
+	if done := r.done; done != nil {
+		r.done = nil
+		done(err)
+	}
 }
 
 // New makes a kernel with an empty cache. Somebody holds the lifeline (I4) until SetKept(false).
 func New(mode Mode) *Kernel {
-	k := &Kernel{files: make(map[fscache.Key]*file), mounts: make(map[string]*mount), kept: true}
+	k := &Kernel{mode: mode, files: make(map[fscache.Key]*file), mounts: make(map[string]*mount), kept: true}
 	k.changed.L = &k.mu
-	if mode == Cachefiles {
-		k.low = &device{k: k, objects: make(map[fscache.Key]*kobject)}
+	if mode == Fanotify {
+		k.group = &group{k: k, marks: make(map[fscache.Key]bool)}
+		k.low = k.group
 	} else {
-		k.low = &group{k: k, marks: make(map[fscache.Key]bool)}
+		k.device = newDevice(k, mode == Cachefiles)
+		k.low = k.device
 	}
 	return k
 }
 
-// SetKept says whether something that outlives the process holds the lifeline.
+// SetKept says whether something that outlives the processes holds the lifeline.
 func (k *Kernel) SetKept(kept bool) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.kept = kept
-	if !kept && k.process == nil {
-		k.low.closed(nil, true)
+	if !kept && len(k.processes) == 0 {
+		k.low.last()
 	}
 }
 
-// Open starts a process on the interface: the first, or a successor of one that was closed.
-func (k *Kernel) Open() (*Engine, error) {
+// Keep is the supervisor taking a copy of an object's descriptor that a process has, for as long as until Let. It fails
+// if there is none. For fanotify's descriptors, which keep nothing open that matters, it does nothing.
+func (k *Kernel) Keep(h fscache.Held) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	if k.process != nil {
-		return nil, fmt.Errorf("opening the simulated kernel: another process has it: %w", fscache.ErrBusy) // daemon.c:99
+	if k.device == nil {
+		return nil
 	}
-	e := &Engine{
-		k: k, added: make(map[fscache.Key]int64), quiet: make(map[fscache.Key]bool),
-		pending: make(map[uint64]uint64),
-	}
-	k.process = e
-	k.low.opened(e)
-	return e, nil
+	return k.device.keep(h.Handle)
 }
 
-// Read fills p from byte off of the file of blob key in the image mounted on dir. The error is EIO as the kernel's, or
-// ctx's: the reader was killed. The kernel asks for the pages of p that it does not have, as one range.
-func (k *Kernel) Read(ctx context.Context, dir string, key fscache.Key, p []byte, off int64) error {
+// Let is the supervisor closing what it has of Keep.
+func (k *Kernel) Let(h fscache.Held) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	m, f, err := k.find(dir, key)
-	if err != nil {
-		return err
+	if k.device != nil {
+		k.device.let(h.Handle)
 	}
-	end := off + int64(len(p))
-	if off < 0 || end > f.size {
-		return fmt.Errorf("read %s at %d: past the end", key, off)
-	}
-	m.open++
-	defer func() { m.open-- }()
-	cached := m.cache[key]
-	for at := off &^ (page - 1); at < end; {
-		if cached[at] != nil {
-			at += page
-			continue
-		}
-		to := at + page
-		for to < end && cached[to] == nil {
-			to += page
-		}
-		if err := k.load(ctx, m, key, at, to); err != nil {
-			return err
-		}
-	}
-	for at := off; at < end; {
-		first := at &^ (page - 1)
-		at += int64(copy(p[at-off:], cached[first][at-first:]))
-	}
-	return nil
+	k.changed.Broadcast()
 }
 
-// load brings [from, to) into the page cache, or at least its first page: what read-ahead failed to get is tried once
-// more for the page that is needed (mm/filemap.c, filemap_get_pages: page_cache_sync_ra, then filemap_update_page).
-func (k *Kernel) load(ctx context.Context, m *mount, key fscache.Key, from, to int64) error {
-	err := k.low.fetch(ctx, key, from, to-from)
-	if err != nil && ctx.Err() == nil {
-		to = from + page
-		err = k.low.fetch(ctx, key, from, page)
+// Obligations lists what processes, dead ones too, have read and not answered, of readers that still wait.
+func (k *Kernel) Obligations() []fscache.Pending {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.low.obligations()
+}
+
+// Violations lists what no correct process does, whether or not a reader noticed: an answer onto a hole, an answer that reached
+// another's request, two processes that read.
+func (k *Kernel) Violations() []string {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.wrong
+}
+
+func (k *Kernel) violation(format string, args ...any) {
+	k.wrong = append(k.wrong, fmt.Sprintf(format, args...))
+}
+
+// reads notes that a process read a request (I6).
+func (k *Kernel) reads(p *Engine) {
+	if r := k.reader; r != nil && r != p && !r.frozen {
+		k.violation("two processes read requests (I6)")
 	}
-	if err != nil {
-		return err
-	}
-	f := k.files[key]
-	for at := from; at < to; at += page {
-		b := make([]byte, page)
-		copy(b, f.pages[at]) // a hole is zeros
-		m.cache[key][at] = b
-	}
-	return nil
+	k.reader = p
 }
 
 // Hold opens the file of blob key in the image mounted on dir, and keeps it open until release is called, once.
@@ -209,38 +201,29 @@ func (k *Kernel) find(dir string, key fscache.Key) (*mount, *file, error) {
 	return m, k.files[key], nil
 }
 
-// wait gives the kernel up until r is done or ctx is; killed says which.
-func (k *Kernel) wait(ctx context.Context, r *request) (err error, killed bool) {
-	k.changed.Broadcast()
-	k.mu.Unlock()
-	defer k.mu.Lock()
-	select {
-	case err := <-r.done:
-		return err, false
-	case <-ctx.Done():
-	}
-	select {
-	case err := <-r.done: // answered in the same instant: the answer wins (fanotify_get_response, ondemand.c:589)
-		return err, false
-	default:
-		return ctx.Err(), true
-	}
-}
-
-// mountOn makes a mount; the caller checked the objects.
-func (k *Kernel) mountOn(ctx context.Context, m fscache.Mount) error {
+// mountOn begins a mount; the caller checked the objects.
+func (k *Kernel) mountOn(w *waiter, m fscache.Mount, done func(error)) {
 	if err := k.checkMountPoint(m.Dir); err != nil {
-		return err
+		done(err)
+		return
 	}
 	n := &mount{Mount: m, cache: make(map[fscache.Key]map[int64][]byte)}
 	for _, b := range m.Blobs {
 		n.cache[b.Key] = make(map[int64][]byte)
 	}
-	if err := k.low.mount(ctx, n); err != nil {
-		return fmt.Errorf("mounting on %s: %w", m.Dir, err)
-	}
-	k.mounts[m.Dir] = n
-	return nil
+	k.low.mount(w, n, func(err error) {
+		switch {
+		case err != nil:
+			err = fmt.Errorf("mounting on %s: %w", m.Dir, err)
+		case k.mounts[m.Dir] != nil:
+			k.low.unmount(n)
+			err = fmt.Errorf("mount point %s has something mounted already: %w", m.Dir, fscache.ErrBusy)
+		default:
+			k.mounts[m.Dir] = n
+		}
+		done(err)
+	})
+	k.changed.Broadcast()
 }
 
 func (k *Kernel) checkMountPoint(dir string) error {
@@ -274,6 +257,19 @@ func (k *Kernel) unmount(dir string) error {
 	return nil
 }
 
+// abandon makes what is mounted on dir unreadable, and unmounts it lazily.
+func (k *Kernel) abandon(dir string) error {
+	m := k.mounts[dir]
+	if m == nil {
+		return fmt.Errorf("abandoning %s: no image is mounted there", dir)
+	}
+	m.lost = true
+	delete(k.mounts, dir)
+	k.low.unmount(m)
+	k.changed.Broadcast()
+	return nil
+}
+
 // used says whether a mount has the object.
 func (k *Kernel) used(key fscache.Key) bool {
 	for _, m := range k.mounts {
@@ -286,6 +282,9 @@ func (k *Kernel) used(key fscache.Key) bool {
 
 // errRead is what a reader gets whatever the errno of the answer was: fs/erofs/fileio.c, fs/erofs/fscache.c.
 var errRead = fmt.Errorf("simulated read: %w", syscall.EIO)
+
+// errGone is what a reader gets of a cache that is dead (netfs/fscache_io.c, fscache_begin_operation); in 6.1 it is EIO.
+var errGone = fmt.Errorf("simulated read: %w", syscall.ENOBUFS)
 
 // errnoOf is the error an answer ends a wait with.
 func errnoOf(e fscache.Errno) error {
@@ -309,6 +308,24 @@ func (f *file) present() []fscache.Extent {
 		}
 	}
 	return extents
+}
+
+// hole says whether a range that a reader was let on has one.
+func (f *file) hole(off, n int64) bool {
+	for at := off; at < min(off+n, f.size); at += page {
+		if f.pages[at] == nil {
+			return true
+		}
+	}
+	return false
+}
+
+// write puts whole pages in the file.
+func (f *file) write(p []byte, off int64) {
+	b := append([]byte(nil), p...)
+	for i := int64(0); i < int64(len(p)); i += page {
+		f.pages[off+i] = b[i : i+page : i+page]
+	}
 }
 
 // check refuses ranges outside the file, and those not of whole pages.

@@ -154,29 +154,46 @@ func complaints(fsfd int) string {
 // MaxName is how much the kernel keeps of a mount's name in sysfs, in bytes (include/linux/fs.h, s_sysfs_name: UUID_STRING_LEN).
 const MaxName = 36
 
-// Lives says whether a mount with that name in sysfs exists, in whatever mount namespace (fs/erofs/sysfs.c).
+// Lives says whether a mount with that name in sysfs exists, in whatever mount namespace (fs/erofs/sysfs.c). Kernels before 6.9 do
+// not cut the name.
 func Lives(name string) (bool, error) {
-	_, err := os.Lstat(filepath.Join("/sys/fs/erofs", name[:min(len(name), MaxName)]))
-	if errors.Is(err, os.ErrNotExist) {
-		return false, nil
+	for _, n := range []string{name, name[:min(len(name), MaxName)]} {
+		_, err := os.Lstat(filepath.Join("/sys/fs/erofs", n))
+		if !errors.Is(err, os.ErrNotExist) {
+			return err == nil, err
+		}
 	}
-	return err == nil, err
+	return false, nil
 }
 
-// Unmount unmounts the image on dir, and nothing that is not EROFS. fscache.ErrBusy: files in it are open.
-func Unmount(dir string) error {
+// Mounted says whether dir is where an EROFS image is mounted.
+func Mounted(dir string) (bool, error) {
 	root, err := isMountRoot(dir)
 	if err != nil {
-		return fmt.Errorf("unmounting %s: %w", dir, err)
+		return false, err
 	}
 	var st unix.Statfs_t
 	if err := unix.Statfs(dir, &st); err != nil {
+		return false, err
+	}
+	return root && st.Type == unix.EROFS_SUPER_MAGIC_V1, nil
+}
+
+// Unmount unmounts the image on dir, and nothing that is not EROFS. fscache.ErrBusy: files in it are open.
+func Unmount(dir string) error { return unmount(dir, 0) }
+
+// Detach is Unmount of an image that is in use: what is open in it stays open, and nobody finds it there any more.
+func Detach(dir string) error { return unmount(dir, unix.MNT_DETACH) }
+
+func unmount(dir string, flags int) error {
+	mounted, err := Mounted(dir)
+	if err != nil {
 		return fmt.Errorf("unmounting %s: %w", dir, err)
 	}
-	if !root || st.Type != unix.EROFS_SUPER_MAGIC_V1 {
+	if !mounted {
 		return fmt.Errorf("unmounting %s: no image is mounted there", dir)
 	}
-	err = unix.Unmount(dir, unix.UMOUNT_NOFOLLOW)
+	err = unix.Unmount(dir, flags|unix.UMOUNT_NOFOLLOW)
 	if errors.Is(err, unix.EBUSY) {
 		return fmt.Errorf("unmounting %s: something has files in it open (see fuser -m %s): %w", dir, dir, fscache.ErrBusy)
 	}

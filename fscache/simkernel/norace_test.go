@@ -1,0 +1,5 @@
+//go:build !race
+
+package simkernel_test
+
+const slowdown = 1
