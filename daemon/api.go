@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"go.uber.org/zap"
@@ -57,16 +58,18 @@ type ImageInfo struct {
 
 // A server is the API being served.
 type server struct {
-	http   *http.Server
-	failed chan error // why serving ended, unless by shutdown; room for one
-	cancel context.CancelFunc
-	wg     sync.WaitGroup
+	listener net.Listener
+	left     atomic.Bool // leave was called
+	http     *http.Server
+	failed   chan error // why serving ended, unless by shutdown; room for one
+	cancel   context.CancelFunc
+	wg       sync.WaitGroup
 }
 
 // serveAPI serves the API on l until shutdown, which waits for it.
 func (d *Daemon) serveAPI(l net.Listener) *server {
 	ctx, cancel := context.WithCancel(context.Background())
-	s := &server{failed: make(chan error, 1), cancel: cancel, http: &http.Server{
+	s := &server{listener: l, failed: make(chan error, 1), cancel: cancel, http: &http.Server{
 		Handler:           d.handler(),
 		ReadHeaderTimeout: 10 * time.Second,
 		ReadTimeout:       30 * time.Second,
@@ -76,7 +79,7 @@ func (d *Daemon) serveAPI(l net.Listener) *server {
 		ErrorLog:          zap.NewStdLog(d.log),
 	}}
 	s.wg.Go(func() {
-		if err := s.http.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+		if err := s.http.Serve(l); !errors.Is(err, http.ErrServerClosed) && !s.left.Load() {
 			s.failed <- err
 		}
 	})
@@ -94,6 +97,12 @@ func (s *server) shutdown() {
 	s.wg.Wait()
 }
 
+// leave takes no more connections: a successor does, on the same socket. What is under way goes on.
+func (s *server) leave() {
+	s.left.Store(true)
+	s.listener.Close() // the successor has its own descriptor of it
+}
+
 // A route is what a method of a path does: it returns what to answer with.
 type route func(r *http.Request) (status int, answer any, err error)
 
@@ -101,11 +110,16 @@ type route func(r *http.Request) (status int, answer any, err error)
 // come to mean something else; new fields in answers do not change it.
 func (d *Daemon) handler() http.Handler {
 	paths := map[string]map[string]route{
-		"/v1/mounts": {http.MethodGet: d.getMounts, http.MethodPost: d.postMounts, http.MethodDelete: d.deleteMounts},
-		"/v1/images": {http.MethodGet: d.getImages},
-		"/v1/status": {http.MethodGet: d.getStatus},
+		"/v1/mounts":  {http.MethodGet: d.getMounts, http.MethodPost: d.postMounts, http.MethodDelete: d.deleteMounts},
+		"/v1/images":  {http.MethodGet: d.getImages},
+		"/v1/status":  {http.MethodGet: d.getStatus},
+		"/v1/state":   {http.MethodGet: d.getState},
+		"/v1/upgrade": {http.MethodPost: d.postUpgrade},
 	}
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		d.calls.Add(1)
+		defer d.calls.Add(-1)
+		d.lastUsed.Store(int64(time.Since(d.began)))
 		status, answer, err := dispatch(paths, w, r)
 		if err != nil {
 			e := asError(err)
@@ -125,7 +139,7 @@ func (d *Daemon) handler() http.Handler {
 func dispatch(paths map[string]map[string]route, w http.ResponseWriter, r *http.Request) (int, any, error) {
 	methods, ok := paths[r.URL.Path]
 	if !ok {
-		return 0, nil, notFound("this daemon's API is /v1/mounts, /v1/images and /v1/status", "no such path: %q", r.URL.Path)
+		return 0, nil, notFound("this daemon's API is /v1/mounts, /v1/images, /v1/status, /v1/state and /v1/upgrade", "no such path: %q", r.URL.Path)
 	}
 	f, ok := methods[r.Method]
 	if !ok {
@@ -171,6 +185,16 @@ func (d *Daemon) postMounts(r *http.Request) (int, any, error) {
 		return 0, nil, err
 	}
 	return http.StatusCreated, m.info(), nil
+}
+
+// postUpgrade goes on whoever asked for it goes away: half an upgrade helps nobody.
+func (d *Daemon) postUpgrade(r *http.Request) (int, any, error) {
+	var req UpgradeRequest
+	if err := errors.Join(noQuery(r), decodeBody(r, &req)); err != nil {
+		return 0, nil, err
+	}
+	res, err := d.Upgrade(context.WithoutCancel(r.Context()), req)
+	return http.StatusOK, res, err
 }
 
 // deleteMounts takes the directory as the query's dir.

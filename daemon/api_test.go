@@ -20,7 +20,7 @@ import (
 // serve runs a daemon with its API on a simulated kernel, until the test ends.
 func serve(t *testing.T) (*Daemon, *Client) {
 	t.Helper()
-	d, _ := newDaemon(t, simkernel.New(simkernel.Fanotify), t.TempDir(), func(o *Options) { o.Socket = filepath.Join(o.Root, "run", "api.sock") })
+	d, _ := newTestDaemon(t, simkernel.New(simkernel.Fanotify), t.TempDir(), func(o *Options) { o.Socket = filepath.Join(o.Root, "run", "api.sock") })
 	ready := make(chan struct{})
 	d.opt.Ready = func() { close(ready) }
 	ctx, cancel := context.WithCancel(context.Background())
@@ -185,7 +185,7 @@ func TestSocketIsTheOwnersOnly(t *testing.T) {
 
 func TestSocketOfALiveDaemonIsNotTaken(t *testing.T) {
 	d, _ := serve(t)
-	if _, err := listen(t.Context(), d.opt.Socket); err == nil || !strings.Contains(err.Error(), "another daemon") {
+	if _, err := Listen(t.Context(), d.opt.Socket); err == nil || !strings.Contains(err.Error(), "another daemon") {
 		t.Errorf("listening on a live daemon's socket: %v", err)
 	}
 }
@@ -198,7 +198,7 @@ func TestStaleSocketIsReplacedAndAFileIsNot(t *testing.T) {
 	}
 	stale.SetUnlinkOnClose(false)
 	stale.Close()
-	l, err := listen(t.Context(), path)
+	l, err := Listen(t.Context(), path)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -206,7 +206,7 @@ func TestStaleSocketIsReplacedAndAFileIsNot(t *testing.T) {
 	if err := os.WriteFile(path, []byte("precious"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := listen(t.Context(), path); err == nil {
+	if _, err := Listen(t.Context(), path); err == nil {
 		t.Error("a file was taken for a stale socket")
 	}
 	if b, err := os.ReadFile(path); string(b) != "precious" {

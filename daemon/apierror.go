@@ -28,6 +28,7 @@ const (
 	CodeTooLarge = "too_large"     // 413
 	CodeImage    = "image"         // 422: the image cannot be used
 	CodeInternal = "internal"      // 500
+	CodeUpgrade  = "upgrade"       // 502: the successor did not take over
 	CodeSource   = "source"        // 502: where the image comes from fails, for now
 	CodeGone     = "shutting_down" // 503: cancelled
 )

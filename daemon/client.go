@@ -63,6 +63,18 @@ func (c *Client) Status(ctx context.Context) (s Status, err error) {
 	return s, err
 }
 
+// State returns what is on record, and what disagrees with it.
+func (c *Client) State(ctx context.Context) (r StateReport, err error) {
+	err = c.call(ctx, http.MethodGet, "/v1/state", nil, &r)
+	return r, err
+}
+
+// Upgrade puts another process in the daemon's place, and returns when that serves.
+func (c *Client) Upgrade(ctx context.Context, r UpgradeRequest) (res UpgradeResult, err error) {
+	err = c.call(ctx, http.MethodPost, "/v1/upgrade", r, &res)
+	return res, err
+}
+
 func (c *Client) call(ctx context.Context, method, path string, body, answer any) error {
 	var b []byte
 	if body != nil {

@@ -4,11 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
+
 	"os"
 	"path/filepath"
 	"runtime/debug"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"go.uber.org/zap"
@@ -29,11 +30,23 @@ type Daemon struct {
 	damaged []string // what state.Open set aside, and what restore had to drop
 
 	*filler
-	objects *objects
-	sources *sourceTable
-	mounts  *mounts
-	pump    *pump
-	saving  sync.Mutex // one image is saved at a time: two may be the same
+	objects  *objects
+	sources  *sourceTable
+	mounts   *mounts
+	pump     *pump
+	recorder *recorder
+	saving   sync.Mutex // one image is saved at a time: two may be the same
+
+	succession succession
+	lastUsed   atomic.Int64                   // when the kernel or a client last asked for something, in nanoseconds since began
+	lost       []string                       // what of the mounts on record could not be kept, for the status
+	ticking    sync.WaitGroup                 // what is done from time to time while the API is served
+	calls      atomic.Int64                   // requests of the API under way
+	wentIdle   bool                           // Run ended for idleness
+	closing    sync.Once                      // of the databases
+	changing   sync.RWMutex                   // held for reading while something is mounted or unmounted
+	earlier    []state.Mount                  // on record of an earlier boot, between restore and remount
+	given      map[fscache.Key]presenceRecord // what a predecessor says is present; nil: settle finds out
 
 	mountPoints func() (map[string]string, error) // what is mounted; replaced where a test's engine mounts nothing
 
@@ -44,6 +57,18 @@ type Daemon struct {
 // New opens the state and makes a daemon of it. Nothing of the engine is used before Run. After an error the caller
 // still owns the engine.
 func New(o Options) (*Daemon, error) {
+	d, err := newDaemon(o)
+	if err != nil {
+		return nil, err
+	}
+	if err := d.openState(); err != nil {
+		return nil, err
+	}
+	return d, nil
+}
+
+// newDaemon makes a daemon that has no state yet.
+func newDaemon(o Options) (*Daemon, error) {
 	if err := o.complete(); err != nil {
 		return nil, err
 	}
@@ -58,15 +83,8 @@ func New(o Options) (*Daemon, error) {
 	if err := os.MkdirAll(filepath.Join(o.Root, imagesDir), 0o700); err != nil {
 		return nil, fmt.Errorf("daemon: make root: %w", err)
 	}
-	db, damaged, err := state.Open(filepath.Join(o.Root, "state.db"), o.Release)
-	if err != nil {
-		return nil, err
-	}
-	for _, what := range damaged {
-		o.Log.Error("state was damaged", zap.String("what", what))
-	}
 	d := &Daemon{
-		opt: o, log: o.Log, engine: o.Engine, state: db, boot: boot, started: time.Now(), damaged: damaged,
+		opt: o, log: o.Log, engine: o.Engine, boot: boot, started: time.Now(), damaged: o.Damaged,
 		filler: &filler{
 			engine: o.Engine, decoder: decoder, log: o.Log,
 			ahead: uint64(o.ReadAhead), deadline: o.ReadDeadline, began: time.Now(),
@@ -76,59 +94,36 @@ func New(o Options) (*Daemon, error) {
 	}
 	d.base, d.stop = context.WithCancelCause(context.Background())
 	d.pump = newPump(o.Engine, d.serve)
+	d.succession.done = make(chan struct{})
+	if o.Session != nil {
+		d.recorder = newRecorder(o.Engine, o.Session, o.Log)
+	}
 	return d, nil
 }
 
-// Run takes up the mounts on record, then serves the kernel and the API until ctx ends or the engine fails. It then reads
-// no more requests, answers those it has (with EIO after the stop timeout) and closes the engine and the state. Mounts
-// stay mounted.
-func (d *Daemon) Run(ctx context.Context) error {
-	l, err := listen(ctx, d.opt.Socket)
+// openState opens state.db.
+func (d *Daemon) openState() error {
+	db, damaged, err := state.Open(filepath.Join(d.opt.Root, "state.db"), d.opt.Release)
 	if err != nil {
-		return errors.Join(err, d.close())
+		return err
 	}
-	d.tune()
-	if err := d.restore(ctx); err != nil {
-		l.Close()
-		return errors.Join(err, d.close())
+	for _, what := range damaged {
+		d.log.Error("state was damaged", zap.String("what", what))
 	}
-	d.pump.start()
-	api := d.serveAPI(l)
-	d.log.Info("serving", zap.String("engine", d.engine.Name()), zap.String("socket", d.opt.Socket), zap.Int("mounts", len(d.mounts.list())))
-	if d.opt.Ready != nil {
-		d.opt.Ready()
+	host, err := state.MachineID()
+	if err == nil && host != "" {
+		err = db.Claim(host)
 	}
-	select {
-	case <-ctx.Done():
-	case err = <-d.pump.failed:
-		err = fmt.Errorf("daemon: read requests of the kernel: %w", err)
-	case err = <-api.failed:
-		err = fmt.Errorf("daemon: serve the API: %w", err)
+	if err != nil {
+		return errors.Join(err, db.Close())
 	}
-	api.shutdown()
-	return errors.Join(err, d.close())
-}
-
-// Unused reports, after Run, that for certain nothing is mounted that needs the engine's lifeline: state that was found damaged may
-// have named more mounts than are known.
-func (d *Daemon) Unused() bool { return d.mounts.empty() && len(d.damaged) == 0 }
-
-// close ends everything, in this order: what lingers and need not, no new requests, the requests in flight (EIO for those still there at the stop
-// timeout), what runs for no reader, the engine, the state.
-func (d *Daemon) close() error {
-	d.sweep()
-	err := d.pump.stop(d.opt.StopTimeout, func() {
-		d.log.Warn("requests in flight at the stop timeout get EIO", zap.Duration("timeout", d.opt.StopTimeout))
-		d.stop(errStopping)
-	})
-	d.stop(errStopping)
-	err = errors.Join(err, d.mounts.close())
-	d.background.Wait()
-	return errors.Join(err, d.engine.Close(), d.state.Close())
+	d.state, d.damaged = db, append(d.damaged, damaged...)
+	return nil
 }
 
 // serve answers one request of the kernel.
 func (d *Daemon) serve(r fscache.Request, t *turn) {
+	d.used(t)
 	o := d.objects.get(r.Object)
 	switch {
 	case o == nil && r.Op != fscache.OpClose:
@@ -164,6 +159,9 @@ func (d *Daemon) read(o *object, r fscache.Request, t *turn) {
 		o.served.Add(n)
 		d.count.served.Add(n)
 	}})
+	if errors.Is(err, errStopping) {
+		return // the request stays pending in the kernel and in the inbox: who comes next answers it
+	}
 	if err != nil {
 		d.count.refused.Add(1)
 		o.denials.note(r, errno(err), time.Now())
@@ -188,7 +186,9 @@ func (d *Daemon) opened(o *object, r fscache.Request) {
 
 // answer ends a request.
 func (d *Daemon) answer(r fscache.Request, e fscache.Errno) {
-	switch err := d.engine.Answer(r, e); {
+	err := d.engine.Answer(r, e)
+	d.succession.report(r)
+	switch {
 	case err == nil:
 	case errors.Is(err, fscache.ErrGone):
 		d.log.Debug("reader is gone", zap.Stringer("object", r.Object), zap.Uint64("request", r.ID))
@@ -217,35 +217,4 @@ func (d *Daemon) tune() {
 		tables += int64(o.table.Len()) * 64
 	}
 	debug.SetMemoryLimit(memoryFloor + tables*5/4)
-}
-
-// listen makes the API's socket, which only its owner may use.
-func listen(ctx context.Context, path string) (net.Listener, error) {
-	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
-		return nil, fmt.Errorf("daemon: make the socket's directory: %w", err)
-	}
-	if c, err := (&net.Dialer{Timeout: time.Second}).DialContext(ctx, "unix", path); err == nil {
-		c.Close()
-		return nil, fmt.Errorf("daemon: another daemon answers on %s: stop it, or use another --run or --socket", path)
-	}
-	// Nobody answers: what is there, if it is a socket, is a dead daemon's.
-	if fi, err := os.Lstat(path); err == nil {
-		if fi.Mode()&os.ModeSocket == 0 {
-			return nil, fmt.Errorf("daemon: %s exists and is no socket: move it away, or use another --socket", path)
-		}
-		if err := os.Remove(path); err != nil {
-			return nil, fmt.Errorf("daemon: remove the stale socket: %w", err)
-		}
-	}
-	l, err := net.Listen("unix", path)
-	if err != nil {
-		return nil, fmt.Errorf("daemon: listen: %w", err)
-	}
-	// Between bind and chmod the directory's mode guards it, where the daemon made the directory; a peer that got in
-	// before is in the backlog only if the umask let it.
-	if err := os.Chmod(path, 0o600); err != nil {
-		l.Close()
-		return nil, fmt.Errorf("daemon: restrict the socket: %w", err)
-	}
-	return l, nil
 }

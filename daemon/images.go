@@ -4,89 +4,77 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
-	"errors"
 	"fmt"
-	"io"
-	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 
 	"go.uber.org/zap"
+	"golang.org/x/sync/errgroup"
 
 	"holdfast/fscache"
 	"holdfast/rafs"
 	"holdfast/rafs/image"
 	"holdfast/rafs/source"
 	"holdfast/state"
+	"holdfast/state/crash"
 )
 
 // imagesDir is where images are saved under the root, in directories named by the hex of their digests.
 const imagesDir = "images"
 
 // imageDir is where the image with a digest is saved. The digest is checked: it becomes a path.
-func (d *Daemon) imageDir(digest string) (string, error) {
+func (d *Daemon) imageDir(digest string) (string, error) { return ImageDir(d.opt.Root, digest) }
+
+// ImageDir is where a daemon with the given root saves the image with a digest, for image.Load.
+func ImageDir(root, digest string) (string, error) {
 	hexa, ok := strings.CutPrefix(digest, "sha256:")
 	if b, err := hex.DecodeString(hexa); !ok || err != nil || len(b) != sha256.Size {
 		return "", fmt.Errorf("image digest %q is not sha256:<64 hex digits>", digest)
 	}
-	return filepath.Join(d.opt.Root, imagesDir, hexa), nil
+	return filepath.Join(root, imagesDir, hexa), nil
 }
 
 // save keeps all of an image but its blobs' data, so that it can be served without asking where it came from. What is
-// saved of the same image already is replaced: its blobs may have moved. The bootstrap need not stay in memory after.
+// saved of the same image already is replaced: its blobs may have moved.
 func (d *Daemon) save(i *image.Image) (dir string, err error) {
 	if dir, err = d.imageDir(i.Digest); err != nil {
 		return "", err
 	}
 	d.saving.Lock()
 	defer d.saving.Unlock()
-	if err := i.Save(dir); err != nil {
-		return "", err
-	}
-	i.Bootstrap = nil
-	return dir, nil
+	return dir, i.Save(dir)
 }
 
-// A bootstrap is a saved image's metadata as a cache object: engines that are asked for metadata fill it like any other.
+// A bootstrap is a saved image's metadata. Engines that are asked for it fill it like any other cache object.
 type bootstrap struct {
 	path   string
-	sum    string // SHA-256 of the file, in hex
-	table  *rafs.Table
-	source source.Source
+	sum    string        // SHA-256 of the file, in hex
+	table  *rafs.Table   // nil where the engine is not asked
+	source source.Source // as table
 }
 
-// openBootstrap reads the bootstrap saved in an image's directory and makes a chunk table of it.
-func openBootstrap(dir string) (*bootstrap, error) {
-	path := image.BootstrapPath(dir)
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, fmt.Errorf("open the saved bootstrap: %w", err)
+// bootstrapOf describes the bootstrap of an image that is saved in dir, which need not stay in memory after.
+func (d *Daemon) bootstrapOf(dir string, i *image.Image) (*bootstrap, error) {
+	b := &bootstrap{path: image.BootstrapPath(dir), sum: strings.TrimPrefix(i.Sum, "sha256:")}
+	content := i.Bootstrap
+	i.Bootstrap = nil
+	if !d.engine.AsksForBootstrap() {
+		return b, nil
 	}
-	defer f.Close()
 	var rows []rafs.Chunk
-	var size uint64
-	whole := sha256.New()
-	p := getBuffer(rafs.DefaultChunkSize)
-	defer p.free()
-	for {
-		n, err := io.ReadFull(f, p.b)
-		if n > 0 {
-			whole.Write(p.b[:n])
-			rows = append(rows, rafs.Chunk{Offset: size, BlobOffset: size, Size: uint32(n), Stored: uint32(n), Digest: rafs.Blake3.Sum(p.b[:n])})
-			size += uint64(n)
-		}
-		if err == io.EOF || err == io.ErrUnexpectedEOF {
-			break
-		}
-		if err != nil {
-			return nil, fmt.Errorf("read the saved bootstrap %s: %w", path, err)
-		}
+	for at := 0; at < len(content); at += rafs.DefaultChunkSize {
+		p := content[at:min(at+rafs.DefaultChunkSize, len(content))]
+		n := uint32(len(p))
+		rows = append(rows, rafs.Chunk{Offset: uint64(at), BlobOffset: uint64(at), Size: n, Stored: n, Digest: rafs.Blake3.Sum(p)})
 	}
-	table, err := rafs.NewTable(rows, size, size, rafs.Blake3)
-	if err != nil {
-		return nil, fmt.Errorf("bootstrap %s: %w", path, err)
+	size := uint64(len(content))
+	var err error
+	if b.table, err = rafs.NewTable(rows, size, size, rafs.Blake3); err != nil {
+		return nil, fmt.Errorf("bootstrap %s: %w", b.path, err)
 	}
-	return &bootstrap{path: path, sum: hex.EncodeToString(whole.Sum(nil)), table: table, source: source.NewFile(path, int64(size))}, nil
+	b.source = source.NewFile(b.path, int64(size))
+	return b, nil
 }
 
 // imageSize is the size of an image's objects, in bytes.
@@ -98,7 +86,8 @@ func imageSize(i *image.Image) (n int64) {
 }
 
 // restore takes up the mounts on record, before any request is read. One that is not seen here is let go if nothing
-// uses it, and lingers if something does, in another mount namespace perhaps; those of another boot are gone for certain. One whose image cannot be loaded stays on record and gets errors until that is mended and the daemon
+// uses it, and lingers if something does, in another mount namespace perhaps; those of another boot are for remount. One whose image cannot be
+// loaded stays on record and gets errors until that is mended and the daemon
 // restarted: dropping it would leave a mount that nobody knows of.
 func (d *Daemon) restore(ctx context.Context) error {
 	records, err := d.state.Mounts()
@@ -109,36 +98,87 @@ func (d *Daemon) restore(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	var here, gone []*mount
 	for _, r := range records {
+		crash.Point("daemon.restore.before-mount")
 		m := &mount{record: r}
-		if points[r.Dir] != fsType {
+		switch {
+		case r.Boot != d.boot:
+			d.earlier = append(d.earlier, r)
+		case points[r.Dir] != fsType:
 			d.log.Warn("mount on record is not here", zap.String("image", r.Ref), zap.String("dir", r.Dir), zap.String("found", points[r.Dir]))
-			if err := d.restoreGone(ctx, m); err != nil {
-				return err
-			}
-			continue
+			gone = append(gone, m)
+		case d.opt.Fresh:
+			err = d.abandon(ctx, m)
+		default:
+			here = append(here, m)
 		}
-		if err := d.mounts.reserve(m); err != nil {
+		if err != nil {
 			return err
 		}
-		if err := d.resume(ctx, m); err != nil {
-			m.broken = err.Error()
-			d.log.Error("mount on record cannot be served", zap.String("image", r.Ref), zap.String("dir", r.Dir), zap.Error(err))
-		}
-		d.mounts.give(m)
-		if m.broken == "" {
-			d.startPrefetch(m)
+	}
+	// After what was abandoned, which must not be known to the engine by then.
+	for _, m := range gone {
+		if err := d.restoreGone(ctx, m); err != nil {
+			return err
 		}
 	}
-	return ctx.Err()
+	// Readers wait until all are taken up: every processor loads some.
+	g, ctx := errgroup.WithContext(ctx)
+	g.SetLimit(runtime.GOMAXPROCS(0))
+	for _, m := range here {
+		g.Go(func() error { return d.takeUp(ctx, m) })
+	}
+	return g.Wait()
+}
+
+// takeUp serves a mount on record that is there.
+func (d *Daemon) takeUp(ctx context.Context, m *mount) error {
+	if err := context.Cause(ctx); err != nil {
+		return err
+	}
+	if err := d.mounts.reserve(m); err != nil {
+		return err
+	}
+	if _, err := d.load(ctx, m); err != nil {
+		m.broken = err.Error()
+		d.log.Error("mount on record cannot be served", zap.String("image", m.record.Ref), zap.String("dir", m.record.Dir), zap.Error(err))
+	}
+	d.mounts.give(m)
+	if m.broken == "" {
+		d.startPrefetch(m)
+	}
+	return nil
+}
+
+// abandon ends a mount whose lifeline is gone, which nobody can serve any more (I1): the engine makes it unreadable.
+func (d *Daemon) abandon(ctx context.Context, m *mount) error {
+	what := fmt.Sprintf("image %s on %s was mounted under a descriptor that nobody holds any more: it cannot be read, and is unmounted; "+
+		"end what uses it and mount it again", m.record.Ref, m.record.Dir)
+	lost := fscache.Mount{Dir: m.record.Dir}
+	dir, err := d.imageDir(m.record.Image)
+	if err == nil {
+		m.image, err = image.Load(dir, m.record.Ref, d.opt.Image)
+	}
+	if err != nil {
+		what += "; its image cannot be loaded: " + err.Error()
+	} else {
+		defer m.image.Close()
+		for _, b := range m.image.Blobs {
+			lost.Blobs = append(lost.Blobs, fscache.Object{Key: fscache.Key{Domain: m.record.Domain, ID: b.Info.ID}, Size: int64(b.Table.Size())})
+		}
+	}
+	if err := d.engine.Abandon(ctx, lost); err != nil {
+		what += "; that failed: " + err.Error()
+	}
+	d.log.Error("mount lost its lifeline", zap.String("what", what))
+	d.lost = append(d.lost, what)
+	return d.state.ForgetMount(m.record.ID)
 }
 
 // restoreGone takes up a mount that is not seen in this mount namespace, and lets it go if it is nowhere else either.
 func (d *Daemon) restoreGone(ctx context.Context, m *mount) error {
-	if m.record.Boot != d.boot {
-		return d.state.ForgetMount(m.record.ID)
-	}
-	if err := d.resume(ctx, m); err != nil {
+	if _, err := d.load(ctx, m); err != nil {
 		what := fmt.Sprintf("image %s was mounted on %s; whether it still is elsewhere cannot be told, and it is dropped from the record: %v", m.record.Ref, m.record.Dir, err)
 		d.log.Error("mount on record cannot be loaded", zap.String("what", what))
 		d.damaged = append(d.damaged, what)
@@ -153,29 +193,26 @@ func (d *Daemon) restoreGone(ctx context.Context, m *mount) error {
 // fsType is what every mount of holdfast's is.
 const fsType = "erofs"
 
-// resume loads a mounted image from where it was saved and makes its objects ready.
-func (d *Daemon) resume(ctx context.Context, m *mount) (err error) {
+// load loads a mounted image from where it was saved and makes its objects ready.
+func (d *Daemon) load(ctx context.Context, m *mount) (*bootstrap, error) {
 	dir, err := d.imageDir(m.record.Image)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	boot, err := openBootstrap(dir)
+	if m.image, err = image.Load(dir, m.record.Ref, d.opt.Image); err != nil {
+		return nil, err
+	}
+	boot, err := d.bootstrapOf(dir, m.image)
+	if err == nil && boot.sum != m.record.Bootstrap {
+		err = fmt.Errorf("bootstrap %s is not the one that was mounted: its SHA-256 is %s, on record is %s: unmount the image and mount it again", boot.path, boot.sum, m.record.Bootstrap)
+	}
 	if err != nil {
-		return err
+		return nil, d.back(m, err)
 	}
-	if boot.sum != m.record.Bootstrap {
-		return fmt.Errorf("bootstrap %s is not the one that was mounted: its SHA-256 is %s, on record is %s: unmount the image and mount it again", boot.path, boot.sum, m.record.Bootstrap)
-	}
-	if m.image, err = image.Load(dir, d.opt.Image); err != nil {
-		return err
-	}
-	m.image.Bootstrap = nil
 	if err := d.holdAll(ctx, m, boot); err != nil {
-		err = errors.Join(err, d.letGo(m), m.image.Close())
-		m.image, m.bootstrap, m.blobs = nil, nil, nil
-		return err
+		return nil, d.back(m, err)
 	}
-	return nil
+	return boot, nil
 }
 
 // images describes the images on record.

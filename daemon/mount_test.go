@@ -78,7 +78,7 @@ func (h *host) start(change func(*Options)) {
 	if err := os.MkdirAll(cache, 0o700); err != nil {
 		h.t.Fatal(err)
 	}
-	e, err := fanotify.Open(fanotify.Config{Dir: cache, Group: group, Log: log})
+	e, err := fanotify.Open(fanotify.Config{Dir: cache, Inherited: fscache.Inherited{Lifeline: group}, Log: log})
 	if err != nil {
 		h.t.Fatal(err)
 	}

@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"go.uber.org/zap"
@@ -43,6 +44,8 @@ type mount struct {
 	gate      gate
 	cancel    context.CancelFunc // of the prefetch; nil: none
 	prefetch  sync.WaitGroup
+
+	prefetching atomic.Bool
 }
 
 func newMounts() *mounts { return &mounts{byDir: map[string]*mount{}} }
@@ -103,6 +106,19 @@ func (t *mounts) list() []*mount {
 	return all
 }
 
+// every describes all mounts that are ready or linger, for a successor.
+func (t *mounts) every() (all []mountRecord) {
+	for _, m := range t.list() {
+		all = append(all, mountRecord{Mount: m.record, Broken: m.broken})
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for _, m := range t.lingering {
+		all = append(all, mountRecord{Mount: m.record, Lingering: true})
+	}
+	return all
+}
+
 // empty reports whether there is no mount at all.
 func (t *mounts) empty() bool {
 	t.mu.Lock()
@@ -143,8 +159,29 @@ func (m *mount) stopPrefetch() {
 	m.prefetch.Wait()
 }
 
+// change keeps an upgrade away while something is mounted or unmounted, until done is called.
+func (d *Daemon) change() (done func(), err error) {
+	if !d.changing.TryRLock() {
+		return nil, errUpgrading()
+	}
+	if d.succession.under.Load() {
+		d.changing.RUnlock()
+		return nil, errUpgrading()
+	}
+	return d.changing.RUnlock, nil
+}
+
+func errUpgrading() error {
+	return conflict("try again in a moment", "the daemon is being upgraded: nothing is mounted or unmounted meanwhile")
+}
+
 // mount mounts an image. After an error nothing is left of the attempt but what was downloaded of the image's metadata.
 func (d *Daemon) mount(ctx context.Context, r MountRequest) (_ *mount, err error) {
+	done, err := d.change()
+	if err != nil {
+		return nil, err
+	}
+	defer done()
 	m := &mount{record: state.Mount{
 		ID: "m" + strings.ToLower(rand.Text()[:15]), Ref: r.Image, Dir: r.Dir, Domain: cmp.Or(r.Domain, DefaultDomain),
 		Prefetch: d.opt.Prefetch, PrefetchBPS: d.opt.PrefetchBPS, Boot: d.boot, Created: time.Now().UTC(),
@@ -187,12 +224,12 @@ func (d *Daemon) mount(ctx context.Context, r MountRequest) (_ *mount, err error
 // ORDER: the image is saved before it is on record, and on record before it is mounted, so that whatever is found
 // mounted after a crash can be served.
 func (d *Daemon) attach(ctx context.Context, m *mount, undo *undo) error {
-	m.record.Image = m.image.Digest
+	m.record.Image, m.record.Ref = m.image.Digest, m.image.Ref
 	dir, err := d.save(m.image)
 	if err != nil {
 		return err
 	}
-	boot, err := openBootstrap(dir)
+	boot, err := d.bootstrapOf(dir, m.image)
 	if err != nil {
 		return err
 	}
@@ -229,11 +266,15 @@ func (d *Daemon) holdAll(ctx context.Context, m *mount, boot *bootstrap) (err er
 
 // letGo ends m's holds, of which there may be any number. It comes once in a mount's life. What the kernel still uses is kept.
 func (d *Daemon) letGo(m *mount) error {
-	var holds []*hold
+	return d.letGoHolds(m, m.holds())
+}
+
+// holds are all of m's, the bootstrap's first.
+func (m *mount) holds() (list []*hold) {
 	if m.bootstrap != nil {
-		holds = append(holds, m.bootstrap)
+		list = append(list, m.bootstrap)
 	}
-	return d.letGoHolds(m, append(holds, m.blobs...))
+	return append(list, m.blobs...)
 }
 
 // letGoHolds begins with the bootstrap, if there is one: while that is used, so is the rest, even if the engine does not know.
@@ -299,16 +340,27 @@ func (d *Daemon) startPrefetch(m *mount) {
 		objects[i] = h.o
 	}
 	plan := m.image.Plan()
+	m.prefetching.Store(true)
 	m.prefetch.Go(func() {
+		defer m.prefetching.Store(false)
 		newPrefetch(d.filler, &m.gate, m.record.PrefetchBPS).run(ctx, plan, objects)
 	})
 }
 
 // unmount unmounts what is mounted on dir and forgets it. While files in it are open it changes nothing.
 func (d *Daemon) unmount(ctx context.Context, dir string) error {
+	done, err := d.change()
+	if err != nil {
+		return err
+	}
+	defer done()
 	m, err := d.mounts.take(filepath.Clean(dir))
 	if err != nil {
 		return err
+	}
+	if m.broken != "" && d.vanished(m) {
+		d.mounts.drop(m)
+		return d.state.ForgetMount(m.record.ID)
 	}
 	if m.broken != "" {
 		d.mounts.give(m)

@@ -36,6 +36,7 @@ type object struct {
 	flying   bitset // claimed by a fetch; disjoint from present
 	missing  int    // chunks not present
 	epoch    int    // counts reset calls: what was written before one says nothing about the file after it
+	changes  int    // counts what changed present
 	finished bool   // complete, and the engine was told or is being told
 	waiters  []*waiter
 	claims   []*claim // whose transfer is under way and nobody waits for
@@ -181,6 +182,7 @@ func (o *object) mark(s span, epoch int, want span) (ready, complete bool) {
 	o.flying.clear(s)
 	if epoch == o.epoch {
 		o.missing -= o.present.set(s)
+		o.changes++
 		o.backoff.reset()
 	}
 	o.wake(s, nil)
@@ -247,10 +249,25 @@ func (o *object) reset() (epoch int) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	o.epoch++
+	o.changes++
 	o.present.clear(span{0, o.table.Len()})
 	o.missing = o.table.Len()
 	o.finished = false
 	return o.epoch
+}
+
+// current is the epoch, for mark.
+func (o *object) current() int {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.epoch
+}
+
+// busyOrAbsent reports whether something of the object is on its way, or, unless absence is of no concern, is absent.
+func (o *object) busyOrAbsent(mayBeAbsent bool) bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.flying.any(span{0, o.table.Len()}) || o.missing > 0 && !mayBeAbsent
 }
 
 // failed notes that a fetch begun at began failed, and how long the source is to be left alone: atLeast if it asked for that,

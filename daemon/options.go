@@ -3,6 +3,7 @@ package daemon
 import (
 	"errors"
 	"fmt"
+	"net"
 	"path/filepath"
 	"time"
 
@@ -10,6 +11,7 @@ import (
 
 	"holdfast/fscache"
 	"holdfast/rafs/image"
+	"holdfast/state"
 )
 
 // Defaults of [Options].
@@ -31,6 +33,21 @@ type Options struct {
 	Socket       string // absolute path of the API's socket; its directory is made if missing
 	Image        image.Options
 	Ready        func() // called once, when the kernel and the API are being served; may be nil
+
+	// What Attach fills in. Without a Session nothing is recorded of this boot, and without a Supervisor nobody is told anything.
+	Session    *state.Session // the daemon closes it
+	Inbox      *state.Inbox   // the daemon closes it, after the engine
+	Holder     *Holder
+	Supervisor Supervisor
+	Fresh      bool            // the lifeline is this process's own: mounts made under another one are lost
+	Boxes      []state.ReadBox // inboxes of dead daemons, which the engine has read
+	Damaged    []string        // what was found damaged before the daemon was made
+
+	Listener net.Listener  // of the API, which the daemon closes; nil: the daemon makes one at Socket
+	Remount  Remount       // what to do about mounts of an earlier boot
+	IdleExit time.Duration // end when nothing was asked for so long; 0: never
+	Watchdog time.Duration // tell the supervisor so often that the daemon lives; 0: it does not ask
+	Upgrade  *UpgradeOptions
 
 	ReadAhead    int64         // bytes fetched from the start of the chunk a reader misses, in whole chunks
 	ReadDeadline time.Duration // how long a reader is made to wait for its source before it gets EIO

@@ -19,6 +19,11 @@ import (
 // An engine that cannot read back (cachefiles) gets no such check, for it would change nothing: there the kernel itself
 // decides by the same cache file what to ask for, and the daemon is not asked about the rest.
 func (d *Daemon) settle(ctx context.Context, o *object) error {
+	if d.given != nil {
+		p := d.given[o.key]
+		d.adopt(o, o.epoch, p.spans(o))
+		return nil
+	}
 	extents, err := d.engine.Present(o.key)
 	switch {
 	case errors.Is(err, fscache.ErrNotOpen), errors.Is(err, errors.ErrUnsupported):

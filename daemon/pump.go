@@ -26,8 +26,12 @@ type pump struct {
 	wake    chan struct{}        // room for one
 	quit    chan struct{}        // ends the watch
 
+	ending sync.Once // of stop
+
 	mu      sync.Mutex
 	serving map[*turn]struct{}
+	inNext  int       // workers in Engine.Next, or with what it returned not in serving yet
+	out     sync.Cond // inNext shrank
 }
 
 // patience is for how long a request may keep the turn to read, at the most twice.
@@ -52,10 +56,12 @@ func (t *turn) pass() {
 }
 
 func newPump(e fscache.Engine, serve func(fscache.Request, *turn)) *pump {
-	return &pump{
+	p := &pump{
 		engine: e, serve: serve, failed: make(chan error, 1), serving: map[*turn]struct{}{},
 		wake: make(chan struct{}, 1), quit: make(chan struct{}),
 	}
+	p.out.L = &p.mu
+	return p
 }
 
 // start begins to read requests; stop ends it.
@@ -64,28 +70,56 @@ func (p *pump) start() {
 	p.wg.Go(p.watch)
 }
 
-// stop reads no more requests and returns when those that were read are answered. After the timeout it calls giveUp,
-// which must make them end, once. It comes once, whether or not start did.
-func (p *pump) stop(timeout time.Duration, giveUp func()) error {
-	close(p.quit)
+// freeze reads no more requests. When it returns, each that was read is known to the engine as pending.
+func (p *pump) freeze() error {
 	if err := p.engine.Freeze(); err != nil {
 		return fmt.Errorf("daemon: stop reading requests: %w", err)
 	}
-	t := time.AfterFunc(timeout, giveUp)
-	defer t.Stop()
-	p.wg.Wait()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for p.inNext > 0 {
+		p.out.Wait()
+	}
 	return nil
+}
+
+// thaw reads again after freeze.
+func (p *pump) thaw() error {
+	if err := p.engine.Thaw(); err != nil {
+		return fmt.Errorf("daemon: go on reading requests: %w", err)
+	}
+	p.wg.Go(p.work)
+	return nil
+}
+
+// stop reads no more requests and returns when those that were read are answered. After the timeout it calls giveUp,
+// which must make them end, once. Whether or not start came, the second call only waits for the first.
+func (p *pump) stop(timeout time.Duration, giveUp func()) (err error) {
+	p.ending.Do(func() {
+		close(p.quit)
+		if err = p.engine.Freeze(); err != nil {
+			err = fmt.Errorf("daemon: stop reading requests: %w", err)
+			return
+		}
+		t := time.AfterFunc(timeout, giveUp)
+		defer t.Stop()
+		p.wg.Wait()
+	})
+	return err
 }
 
 // work reads and serves requests for as long as it has the turn.
 func (p *pump) work() {
 	for {
+		p.enter()
 		r, err := p.engine.Next()
 		if err != nil {
+			p.leave(nil)
 			p.end(err)
 			return
 		}
 		t := &turn{pump: p, since: time.Now()}
+		p.leave(t)
 		p.begin(t)
 		p.serve(r, t)
 		p.done(t)
@@ -95,10 +129,25 @@ func (p *pump) work() {
 	}
 }
 
-func (p *pump) begin(t *turn) {
+func (p *pump) enter() {
 	p.mu.Lock()
-	p.serving[t] = struct{}{}
+	p.inNext++
 	p.mu.Unlock()
+}
+
+// leave ends a call of Next, which returned a request unless t is nil.
+func (p *pump) leave(t *turn) {
+	p.mu.Lock()
+	if p.inNext--; p.inNext == 0 {
+		p.out.Broadcast()
+	}
+	if t != nil {
+		p.serving[t] = struct{}{}
+	}
+	p.mu.Unlock()
+}
+
+func (p *pump) begin(t *turn) {
 	p.current.Store(t)
 	if p.asleep.Load() {
 		select {

@@ -211,12 +211,12 @@ func newRig(t testing.TB, mode simkernel.Mode, change func(*Options)) *rig {
 // rigOver starts a daemon over a kernel and a root that may have been used before.
 func rigOver(t testing.TB, k *simkernel.Kernel, root string, change func(*Options)) *rig {
 	t.Helper()
-	d, e := newDaemon(t, k, root, change)
+	d, e := newTestDaemon(t, k, root, change)
 	d.pump.start()
 	return &rig{t: t, d: d, e: e, kernel: k, dirs: map[fscache.Key]string{}}
 }
 
-func newDaemon(t testing.TB, k *simkernel.Kernel, root string, change func(*Options)) (*Daemon, *engine) {
+func newTestDaemon(t testing.TB, k *simkernel.Kernel, root string, change func(*Options)) (*Daemon, *engine) {
 	t.Helper()
 	se, err := k.Open()
 	if err != nil {

@@ -48,8 +48,12 @@ type Status struct {
 	Engine       string    `json:"engine"`
 	EngineReason string    `json:"engine_reason"` // why this engine
 	Root         string    `json:"root"`
-	Mounts       int       `json:"mounts"`
-	Damaged      []string  `json:"damaged,omitempty"` // state found damaged at start, and where it was put
+
+	ReadDeadline time.Duration `json:"read_deadline_ns"` // how long a reader waits for a source that does not answer
+
+	Mounts  int      `json:"mounts"`
+	Damaged []string `json:"damaged,omitempty"` // state found damaged at start, and where it was put
+	Lost    []string `json:"lost,omitempty"`    // mounts that could not be kept, since the daemon started
 
 	Pending   int           `json:"pending"`           // requests of the kernel being served
 	OldestAge time.Duration `json:"oldest_pending_ns"` // how long the oldest has waited
@@ -87,8 +91,8 @@ func (d *Daemon) status() Status {
 	n, oldest := d.pump.pending()
 	s := Status{
 		Release: d.opt.Release, PID: os.Getpid(), Started: d.started,
-		Engine: d.engine.Name(), EngineReason: d.opt.EngineReason, Root: d.opt.Root,
-		Mounts: len(d.mounts.list()), Damaged: d.damaged, Pending: n,
+		Engine: d.engine.Name(), EngineReason: d.opt.EngineReason, Root: d.opt.Root, ReadDeadline: d.opt.ReadDeadline,
+		Mounts: len(d.mounts.list()), Damaged: d.damaged, Lost: d.lost, Pending: n,
 		Served: d.count.served.Load(), Mismatches: d.count.mismatches.Load(),
 		Failures: d.count.failures.Load(), Refused: d.count.refused.Load(),
 		Sources: d.sources.status(), Objects: []ObjectStatus{},

@@ -16,6 +16,9 @@ const defaultConfig = "/etc/holdfast/config.toml"
 // configKey is where the values for serve's flags wait in the application's metadata until serve runs.
 const configKey = "serve"
 
+// environmentKey is where the configuration file's environment is in the application's metadata, whatever the command line says.
+const environmentKey = "environment"
+
 // loadConfig reads the configuration file and sets the global flags that it gives and the command line does not. Its keys are the
 // names of global flags and of serve's.
 func loadConfig(c *cli.Context) error {
@@ -35,6 +38,7 @@ func loadConfig(c *cli.Context) error {
 		}
 	}
 	c.App.Metadata[configKey] = forServe
+	c.App.Metadata[environmentKey] = values["environment"]
 	return named("holdfast", setFlags(c, own))
 }
 

@@ -19,9 +19,19 @@ type engineKind struct {
 	name string
 	// try says why the engine cannot work here with its cache in dir, or nil. With unsafe it does not ask whether the kernel is
 	// known to give wrong bytes.
-	try func(dir string, unsafe bool) error
-	// open opens the engine, on the lifeline of a process that is gone unless that is nil.
-	open func(dir string, lifeline *os.File, unsafe bool, log *zap.Logger) (fscache.Engine, error)
+	try  func(dir string, unsafe bool) error
+	open func(engineConfig) (fscache.Engine, error)
+}
+
+// An engineConfig is what an engine is opened with.
+type engineConfig struct {
+	dir       string
+	inherited fscache.Inherited
+	inbox     fscache.Inbox
+	holder    fscache.Holder
+	reserved  *fanotify.Reservation
+	unsafe    bool
+	log       *zap.Logger
 }
 
 // engineKinds are tried in this order by --engine auto: where a kernel has both, readers of a cachefiles mount whose device is
@@ -30,8 +40,8 @@ var engineKinds = []engineKind{
 	{
 		name: cachefiles.Name,
 		try:  func(dir string, _ bool) error { return cachefiles.Available(dir) },
-		open: func(dir string, lifeline *os.File, _ bool, log *zap.Logger) (fscache.Engine, error) {
-			return cachefiles.Open(cachefiles.Config{Dir: dir, Device: lifeline, Log: log})
+		open: func(c engineConfig) (fscache.Engine, error) {
+			return cachefiles.Open(cachefiles.Config{Dir: c.dir, Inherited: c.inherited, Inbox: c.inbox, Holder: c.holder, Log: c.log})
 		},
 	},
 	{
@@ -42,8 +52,10 @@ var engineKinds = []engineKind{
 			}
 			return fanotify.CheckKernel()
 		},
-		open: func(dir string, lifeline *os.File, unsafe bool, log *zap.Logger) (fscache.Engine, error) {
-			return fanotify.Open(fanotify.Config{Dir: dir, Group: lifeline, AllowUnsafeKernel: unsafe, Log: log})
+		open: func(c engineConfig) (fscache.Engine, error) {
+			return fanotify.Open(fanotify.Config{
+				Dir: c.dir, Inherited: c.inherited, Inbox: c.inbox, Holder: c.holder, Reserved: c.reserved, AllowUnsafeKernel: c.unsafe, Log: c.log,
+			})
 		},
 	},
 }

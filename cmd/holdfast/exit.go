@@ -14,10 +14,11 @@ const (
 	exitOK       = 0
 	exitFailure  = 1
 	exitUsage    = 2
-	exitKernel   = 3   // the kernel lacks a feature
-	exitInstance = 4   // another instance is running
-	exitNewer    = 5   // the state was written by a newer release
-	exitCommand  = 127 // keep cannot run its command, as of a shell
+	exitKernel   = 3                 // the kernel lacks a feature
+	exitInstance = 4                 // another instance is running
+	exitNewer    = 5                 // the state was written by a newer release
+	exitIdle     = handover.IdleCode // serve ended for idleness: start it again when it is asked for
+	exitCommand  = 127               // keep cannot run its command, as of a shell
 )
 
 // An exitError ends the program with a code. With no err it ends without a word: everything was said before.

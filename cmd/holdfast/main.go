@@ -54,14 +54,14 @@ func newApp(stdout, stderr io.Writer) *cli.App {
 		Name:  "holdfast",
 		Usage: "mount container images before they are downloaded, and never let go of them",
 		Description: "Exit codes: 0 done, 1 failed, 2 wrong usage, 3 the kernel lacks a feature, 4 another instance is running,\n" +
-			"5 the state was written by a newer release.",
+			"5 the state was written by a newer release, 7 idle (serve --idle-exit).",
 		HideVersion: true,
 		Writer:      stdout, ErrWriter: stderr,
 		Flags:  globalFlags(),
 		Before: loadConfig,
 		Commands: []*cli.Command{
 			serveCommand(), keepCommand(), convertCommand(), checkCommand(), inspectCommand(), mountCommand(), umountCommand(),
-			imagesCommand(), statusCommand(), doctorCommand(), versionCommand(),
+			imagesCommand(), statusCommand(), upgradeCommand(), stateCommand(), drillCommand(), doctorCommand(), versionCommand(),
 		},
 		Action: func(c *cli.Context) error {
 			if c.Args().Present() {
@@ -89,6 +89,7 @@ func globalFlags() []cli.Flag {
 		&cli.StringFlag{Name: "run", Value: "/run/holdfast", Usage: "`DIR` for what lives with this boot: sockets, locks"},
 		&cli.StringFlag{Name: "socket", Usage: "`PATH` of the daemon's API socket (default: api.sock in --run)"},
 		&cli.StringFlag{Name: "config", Value: defaultConfig, Usage: "read flags not given from this TOML `FILE`; the default may be missing"},
+		&cli.StringFlag{Name: "environment", Usage: "`LABEL` of what this host is for: drill refuses to run in production"},
 		&cli.StringFlag{Name: "log-level", Value: "info", Usage: "log from this `LEVEL` on: debug, info, warn or error"},
 		&cli.StringFlag{Name: "log-format", Value: "auto", Usage: "`FORMAT` of the log: json, console, or auto, which is console on a terminal"},
 	}

@@ -1,16 +1,18 @@
 package main
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"github.com/urfave/cli/v2"
 	"go.uber.org/zap"
 
 	"holdfast/daemon"
+	"holdfast/fscache"
+	"holdfast/fscache/fanotify"
 	"holdfast/handover"
 )
 
@@ -32,6 +34,8 @@ func serveFlags() []cli.Flag {
 		&cli.DurationFlag{Name: "read-deadline", Value: daemon.DefaultReadDeadline, Usage: "`TIME` until the reader of an unreachable source gets an error"},
 		&cli.IntFlag{Name: "streams", Value: daemon.DefaultStreams, Usage: "`NUMBER` of fetches at a time for the readers of one blob"},
 		&cli.DurationFlag{Name: "stop-timeout", Value: daemon.DefaultStopTimeout, Usage: "`TIME` that requests in flight have at the end"},
+		&cli.StringFlag{Name: "remount", Value: string(daemon.RemountYes), Usage: "what to do about what was mounted before the host was started anew: `yes|no|report`"},
+		&cli.DurationFlag{Name: "idle-exit", Usage: "end when nothing was asked for so long; whoever asks next starts the daemon again (0: never)"},
 		prefetchFlag("on"), prefetchRateFlag(),
 		&cli.BoolFlag{Name: "allow-unsafe-kernel", Usage: "also run on kernels whose EROFS is known to give wrong bytes to a reader killed at the wrong time"},
 	}
@@ -78,35 +82,126 @@ func serve(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	run, err := makeDirectory(c, "run")
+	handover.IgnoreHangup()
+	reserved, conn, err := dial()
 	if err != nil {
 		return err
 	}
-	lock, err := handover.TakeLock(filepath.Join(run, "serve.lock"))
-	if err != nil {
-		return fmt.Errorf("another daemon uses --run %s: %w", run, err)
-	}
-	defer lock.Close()
 	store, err := handover.OpenStore()
 	if err != nil {
 		return fmt.Errorf("nothing would hold the mounts while this daemon is not there: %w: run it as `holdfast keep -- holdfast serve`, "+
 			"or under systemd with FileDescriptorStoreMax= (and before systemd 254 Environment=FDSTORE=NUMBER)", err)
 	}
 	defer store.Close()
-	handover.IgnoreHangup()
-	if err := attachEngine(c, &options, inherited, store); err != nil {
+	run, err := makeDirectory(c, "run")
+	if err != nil {
 		return err
 	}
-	return serveEngine(c.Context, options, store, inherited[options.Engine.Name()] == nil)
+	options.Ready = func() { tell(log, store, "READY=1") }
+	options.Watchdog = store.Watchdog()
+	options.Upgrade = &daemon.UpgradeOptions{Args: os.Args[1:], Environment: store.Environment(), Run: run, MainPID: store.MainPID}
+	origin := daemon.Origin{Run: run, Inherited: inherited, Supervisor: store}
+	if conn != nil {
+		return succeed(c, conn, reserved, origin, options)
+	}
+	return attach(c, origin, options)
+}
+
+// attach makes this process the daemon, after a dead one or as the first.
+func attach(c *cli.Context, a daemon.Origin, o daemon.Options) error {
+	lock, err := handover.TakeLock(filepath.Join(a.Run, "serve.lock"))
+	if err != nil {
+		return fmt.Errorf("another daemon uses --run %s: %w", a.Run, err)
+	}
+	defer lock.Close()
+	o.Upgrade.Lock = lock.File()
+	unsafe := c.Bool("allow-unsafe-kernel")
+	kind, reason, err := chooseEngine(c.String("engine"), o.Root, unsafe, a.Inherited)
+	if err != nil {
+		return err
+	}
+	o.EngineReason, a.Engine = reason, kind.name
+	a.Open = opener(c, o, nil)
+	if err := daemon.Attach(a, &o); err != nil {
+		return err
+	}
+	if o.Listener, err = daemon.AttachSocket(c.Context, o.Socket, a.Inherited, a.Supervisor); err != nil {
+		return errors.Join(err, o.Abort())
+	}
+	d, err := daemon.New(o)
+	if err != nil {
+		return errors.Join(err, o.Abort())
+	}
+	return leave(d, d.Run(c.Context))
+}
+
+// leave ends a daemon that has run.
+func leave(d *daemon.Daemon, err error) error {
+	err = errors.Join(err, d.Leave(err == nil))
+	if err == nil && d.Idle() {
+		return &exitError{code: exitIdle}
+	}
+	return err
+}
+
+// dial connects this process to the predecessor that started it; nil: none did. The numbers that a predecessor's events can have are
+// reserved before anything else can take them.
+func dial() (*fanotify.Reservation, *handover.Conn, error) {
+	if !handover.Succeeds() {
+		return nil, nil, nil
+	}
+	base, err := handover.Base()
+	if err != nil {
+		return nil, nil, err
+	}
+	reserved, err := fanotify.Reserve(base)
+	if err != nil {
+		return nil, nil, err
+	}
+	conn, err := handover.Dial()
+	return reserved, conn, err
+}
+
+// succeed makes this process the daemon in place of one that runs.
+func succeed(c *cli.Context, conn *handover.Conn, reserved *fanotify.Reservation, a daemon.Origin, o daemon.Options) error {
+	a.Open = opener(c, o, reserved)
+	o.EngineReason = "taken over from the daemon before"
+	d, err := daemon.Succeed(c.Context, conn, a, o)
+	if d == nil {
+		return err
+	}
+	return leave(d, err)
+}
+
+// opener opens an engine by name.
+func opener(c *cli.Context, o daemon.Options, reserved *fanotify.Reservation) func(string, fscache.Inherited, fscache.Inbox, fscache.Holder) (fscache.Engine, error) {
+	return func(name string, in fscache.Inherited, inbox fscache.Inbox, h fscache.Holder) (fscache.Engine, error) {
+		i := slices.IndexFunc(engineKinds, func(k engineKind) bool { return k.name == name })
+		if i < 0 {
+			return nil, fmt.Errorf("open engine %q: this release has %s", name, engineNames())
+		}
+		e, err := engineKinds[i].open(engineConfig{
+			dir: cacheDir(o.Root, name), inherited: in, inbox: inbox, holder: h, reserved: reserved,
+			unsafe: c.Bool("allow-unsafe-kernel"), log: o.Log.Named(name),
+		})
+		if err != nil {
+			return nil, fmt.Errorf("open the %s engine: %w", name, err)
+		}
+		return e, nil
+	}
 }
 
 func serveOptions(c *cli.Context, log *zap.Logger) (o daemon.Options, err error) {
 	o = daemon.Options{
 		Log: log, Release: release, ReadAhead: bytesOf(c, "read-ahead"), ReadDeadline: c.Duration("read-deadline"),
 		Streams: c.Int("streams"), StopTimeout: c.Duration("stop-timeout"), PrefetchBPS: bytesOf(c, "prefetch-rate"),
+		IdleExit: c.Duration("idle-exit"),
 	}
 	if o.Prefetch, err = onOff(c, "prefetch"); err != nil {
 		return o, err
+	}
+	if o.Remount, err = daemon.ParseRemount(c.String("remount")); err != nil {
+		return o, usagef("--remount=%w", err)
 	}
 	if o.Root, err = makeDirectory(c, "root"); err != nil {
 		return o, err
@@ -115,55 +210,9 @@ func serveOptions(c *cli.Context, log *zap.Logger) (o daemon.Options, err error)
 	return o, err
 }
 
-// attachEngine opens the engine, and sees to it that its lifeline is held by the supervisor before anything can be mounted (I4).
-func attachEngine(c *cli.Context, o *daemon.Options, inherited map[string]*os.File, store *handover.Store) error {
-	kind, reason, err := chooseEngine(c.String("engine"), o.Root, c.Bool("allow-unsafe-kernel"), inherited)
-	if err != nil {
-		return err
-	}
-	for name := range inherited {
-		if name != kind.name {
-			o.Log.Warn("the supervisor holds a descriptor this release does not know: it is left there", zap.String("name", name))
-		}
-	}
-	o.EngineReason = reason
-	o.Engine, err = kind.open(cacheDir(o.Root, kind.name), inherited[kind.name], c.Bool("allow-unsafe-kernel"), o.Log.Named(kind.name))
-	if err != nil {
-		return fmt.Errorf("open the %s engine: %w", kind.name, err)
-	}
-	if inherited[kind.name] == nil {
-		name, lifeline := o.Engine.Lifeline()
-		if err := store.Push(name, lifeline); err != nil {
-			return errors.Join(err, o.Engine.Close())
-		}
-	}
-	return nil
-}
-
-// serveEngine runs the daemon. At its end the supervisor keeps the lifeline, unless nothing that needs it is mounted: for certain
-// after a good end, or where the lifeline is fresh, this process's own. (A keeper that held one for nothing would not end.)
-func serveEngine(ctx context.Context, o daemon.Options, store *handover.Store, fresh bool) error {
-	name, _ := o.Engine.Lifeline()
-	o.Ready = func() { tell(o.Log, store, "READY=1") }
-	d, err := daemon.New(o)
-	if err != nil {
-		err = errors.Join(err, o.Engine.Close())
-		if fresh {
-			err = errors.Join(err, store.Remove(name))
-		}
-		return err
-	}
-	err = d.Run(ctx)
-	tell(o.Log, store, "STOPPING=1")
-	if d.Unused() && (err == nil || fresh) {
-		err = errors.Join(err, store.Remove(name))
-	}
-	return err
-}
-
 // tell tells the supervisor what is only for people.
-func tell(log *zap.Logger, store *handover.Store, state string) {
-	if err := store.Notify(state); err != nil {
+func tell(log *zap.Logger, s daemon.Supervisor, state string) {
+	if err := s.Notify(state); err != nil {
 		log.Warn("tell the supervisor", zap.String("state", state), zap.Error(err))
 	}
 }

@@ -61,6 +61,9 @@ func printStatus(t *tabwriter.Writer, s statusAnswer) {
 	for _, d := range s.Damaged {
 		fmt.Fprintf(t, "damaged\t%s\n", d)
 	}
+	for _, what := range s.Lost {
+		fmt.Fprintf(t, "lost\t%s\n", what)
+	}
 	for _, m := range s.Mounts {
 		fmt.Fprintf(t, "mount\t%s on %s\n", m.Ref, m.Dir)
 		if m.Broken != "" {

@@ -30,6 +30,7 @@ type Image struct {
 	Ref       string  // with absolute paths
 	Digest    string  // "sha256:<hex>" of the image's manifest, or of the bootstrap file of a rafs reference
 	Bootstrap []byte  // a multiple of rafs.BlockSize long; whoever has it in a file may set it to nil
+	Sum       string  // "sha256:<hex>" of the bootstrap; set by Save and Load
 	Blobs     []*Blob // in the order of the bootstrap's devices: the kernel's device i+1 is blob i
 
 	prefetch []bootstrap.Extent

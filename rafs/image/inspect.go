@@ -83,16 +83,21 @@ func Inspect(ctx context.Context, ref string, o Options, chunks bool) (*Descript
 		return nil, err
 	}
 	defer img.Close()
-	boot, err := bootstrap.Read(bytes.NewReader(img.Bootstrap), int64(len(img.Bootstrap)), img.Ref)
+	return img.Describe(chunks)
+}
+
+// Describe describes an open image, as [Inspect] does. Bootstrap must not have been set to nil.
+func (i *Image) Describe(chunks bool) (*Description, error) {
+	boot, err := bootstrap.Read(bytes.NewReader(i.Bootstrap), int64(len(i.Bootstrap)), i.Ref)
 	if err != nil {
 		return nil, err
 	}
 	d := &Description{
-		Ref: img.Ref, Digest: img.Digest, BootstrapSize: len(img.Bootstrap), Prefetch: boot.Prefetch,
+		Ref: i.Ref, Digest: i.Digest, BootstrapSize: len(i.Bootstrap), Prefetch: boot.Prefetch,
 		ChunkSize: boot.ChunkSize, Codec: boot.Codec.String(), DigestAlgo: boot.Digest.String(),
 	}
-	in := &inspector{img: img, out: d, rows: img.rowFinders(), nlink: make(map[*tree.Inode]uint32), chunks: chunks}
-	for _, b := range img.Blobs {
+	in := &inspector{img: i, out: d, rows: i.rowFinders(), nlink: make(map[*tree.Inode]uint32), chunks: chunks}
+	for _, b := range i.Blobs {
 		in.used = append(in.used, make([]uint32, b.Table.Len()))
 	}
 	in.describeTree(boot.Root)

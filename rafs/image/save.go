@@ -1,6 +1,7 @@
 package image
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -81,7 +82,8 @@ func (i *Image) save(dir string) error {
 
 // writeTo writes and syncs the files of the image.
 func (i *Image) writeTo(dir string) error {
-	s := saved{Version: savedVersion, Ref: i.Ref, Digest: i.Digest, Bootstrap: sum(i.Bootstrap)}
+	i.Sum = sum(i.Bootstrap)
+	s := saved{Version: savedVersion, Ref: i.Ref, Digest: i.Digest, Bootstrap: i.Sum}
 	if err := writeFile(filepath.Join(dir, savedBootstrap), i.Bootstrap); err != nil {
 		return err
 	}
@@ -138,10 +140,11 @@ func syncFile(path string) error {
 	return errors.Join(f.Sync(), f.Close())
 }
 
-// Load opens an image that [Image.Save] wrote to dir. Nothing but dir is read: registries and blob files are opened when a
+// Load opens an image that [Image.Save] wrote to dir, with its blobs where ref says; "": where it was opened from when it was saved.
+// Two mounts of one image may have it from two places, and what one of them was given is not for the other (I8). Nothing but dir is read: registries and blob files are opened when a
 // source is first read. Errors name the file, and wrap [ErrFormat] if its content is not what Save wrote: delete the directory
 // and open the image anew.
-func Load(dir string, o Options) (*Image, error) {
+func Load(dir, ref string, o Options) (*Image, error) {
 	b, err := readFile(filepath.Join(dir, savedIndex), maxSavedIndex)
 	if err != nil {
 		return nil, fmt.Errorf("load image: %w", err)
@@ -153,11 +156,11 @@ func Load(dir string, o Options) (*Image, error) {
 	if s.Version != savedVersion {
 		return nil, fmt.Errorf("load image: %w", bad("%s has version %d, this release knows %d: run the release that wrote it, or delete %s and mount the image anew", filepath.Join(dir, savedIndex), s.Version, savedVersion, dir))
 	}
-	r, err := ParseReference(s.Ref)
+	r, err := ParseReference(cmp.Or(ref, s.Ref))
 	if err != nil {
 		return nil, fmt.Errorf("load image from %s: %w", dir, err)
 	}
-	img := &Image{Ref: s.Ref, Digest: s.Digest, store: openStore(r, o)}
+	img := &Image{Ref: r.String(), Digest: s.Digest, store: openStore(r, o)}
 	if err := img.load(dir, s); err != nil {
 		img.Close()
 		return nil, fmt.Errorf("load image %s from %s: %w", s.Ref, dir, err)
@@ -170,6 +173,7 @@ func (i *Image) load(dir string, s saved) error {
 	if i.Bootstrap, err = readSaved(dir, savedBootstrap, s.Bootstrap, maxBootstrap); err != nil {
 		return err
 	}
+	i.Sum = s.Bootstrap
 	sb, err := i.readBootstrap()
 	if err != nil {
 		return err
