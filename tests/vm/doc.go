@@ -8,6 +8,8 @@
 // EnsureKernel builds the kernel from Debian's source package and a configuration fragment in kernel/, once, and keeps it under
 // the user's cache directory by the hash of all that went in. Run boots it. PID 1 in the guest is the program in guest/; it talks
 // to Run over one virtio-serial port in the frames of package wire, apart from the kernel log, which goes to a file by the serial line.
+// With Config.Systemd that program becomes the host's own systemd and is back as a service of it, which runs the command: for tests of
+// what only a real PID 1 does. It starts the journal, which goes to another file, and nothing else of the host's.
 //
 // Rules:
 //   - output and exit code are exact: every byte the command wrote before it ended arrives before Run returns;

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -20,10 +21,14 @@ import (
 // DefaultSeries is the kernel series that Run boots when no kernel is named.
 const DefaultSeries = "6.12"
 
-// fragments hold one kernel configuration for each series we test on: kernel/fragment-SERIES.config.
+// Series lists the kernels we test on: 6.12 has all that cachefiles has, 6.1 has no `restore`.
+var Series = []string{DefaultSeries, "6.1"}
+
+// kernelFiles hold one configuration for each series, kernel/fragment-SERIES.config, and for some a change of the source,
+// kernel/patch-SERIES.diff, which says why.
 //
-//go:embed kernel/fragment-*.config
-var fragments embed.FS
+//go:embed kernel/fragment-*.config kernel/patch-*.diff
+var kernelFiles embed.FS
 
 // EnsureKernel returns the path of a bootable vmlinux of the given series (such as "6.12"), building it from Debian's package
 // linux-source-SERIES if the user's cache directory has none of this fragment, source version and compiler. A build takes minutes
@@ -31,14 +36,18 @@ var fragments embed.FS
 // As root it installs the Debian packages it lacks; otherwise it fails with the command that does.
 func EnsureKernel(ctx context.Context, series string, progress io.Writer) (string, error) {
 	log := func(s string) { fmt.Fprintf(progress, "test kernel %s: %s\n", series, s) }
-	fragment, err := fragments.ReadFile("kernel/fragment-" + series + ".config")
+	fragment, err := kernelFiles.ReadFile("kernel/fragment-" + series + ".config")
 	if err != nil {
-		return "", fmt.Errorf("building the test kernel: no configuration for series %q: %w", series, err)
+		return "", fmt.Errorf("building the test kernel: no configuration for series %q (there are %s): %w", series, strings.Join(Series, ", "), err)
+	}
+	patch, err := kernelFiles.ReadFile("kernel/patch-" + series + ".diff")
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return "", fmt.Errorf("building test kernel %s: %w", series, err)
 	}
 	if err := EnsurePackages(ctx, log, kernelPackages(series)); err != nil {
 		return "", fmt.Errorf("building test kernel %s: %w", series, err)
 	}
-	b := kernelBuild{series: series, fragment: fragment, log: log}
+	b := kernelBuild{series: series, fragment: fragment, patch: patch, log: log}
 	key, err := b.key(ctx)
 	if err != nil {
 		return "", fmt.Errorf("building test kernel %s: %w", series, err)
@@ -62,6 +71,7 @@ func EnsureKernel(ctx context.Context, series string, progress io.Writer) (strin
 type kernelBuild struct {
 	series   string
 	fragment []byte
+	patch    []byte // empty: none
 	dir      string
 	log      func(string)
 }
@@ -70,6 +80,7 @@ type kernelBuild struct {
 func (b *kernelBuild) key(ctx context.Context) (string, error) {
 	h := sha256.New()
 	h.Write(b.fragment)
+	h.Write(b.patch)
 	for _, args := range [][]string{
 		{"dpkg-query", "-W", "-f", "${Version}", "linux-source-" + b.series},
 		{"gcc", "--version"},
@@ -147,6 +158,15 @@ func (b *kernelBuild) build(ctx context.Context, work string) error {
 	b.log("unpacking the source")
 	if err := b.step(ctx, work, "tar", "-xf", "/usr/src/linux-source-"+b.series+".tar.xz", "-C", src, "--strip-components=1"); err != nil {
 		return err
+	}
+	if len(b.patch) > 0 {
+		diff := filepath.Join(work, "patch.diff")
+		if err := os.WriteFile(diff, b.patch, 0o644); err != nil {
+			return err
+		}
+		if err := b.step(ctx, src, "patch", "-p1", "--fuzz=0", "-i", diff); err != nil {
+			return err
+		}
 	}
 	if err := b.step(ctx, src, "scripts/kconfig/merge_config.sh", "-n", fragment); err != nil {
 		return err

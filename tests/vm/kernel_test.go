@@ -14,6 +14,14 @@ func TestLostOptionsAreNamed(t *testing.T) {
 	}
 }
 
+func TestEverySeriesHasAConfiguration(t *testing.T) {
+	for _, s := range Series {
+		if _, err := kernelFiles.ReadFile("kernel/fragment-" + s + ".config"); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
 func TestUnknownSeriesIsRefused(t *testing.T) {
 	if _, err := EnsureKernel(t.Context(), "2.4", t.Output()); err == nil {
 		t.Error("a kernel series without a fragment was accepted")

@@ -34,11 +34,11 @@ func complaints(log string) []string {
 	return found
 }
 
-// logTail returns the end of the kernel log for an error message.
-func logTail(path string) string {
+// logTail returns the end of a log for an error message.
+func logTail(what, path string) string {
 	b, err := os.ReadFile(path)
 	if err != nil {
-		return "(no kernel log: " + err.Error() + ")"
+		return "(no " + what + ": " + err.Error() + ")"
 	}
-	return fmt.Sprintf("end of the kernel log (%s):\n%s", path, tail(string(b), 25))
+	return fmt.Sprintf("end of %s (%s):\n%s", what, path, tail(string(b), 25))
 }

@@ -13,7 +13,7 @@ var qemuPackages = []string{"qemu-system-x86", "e2fsprogs"}
 
 // kernelPackages are the Debian packages that building a kernel of the series needs.
 func kernelPackages(series string) []string {
-	return []string{"linux-source-" + series, "gcc", "make", "flex", "bison", "bc", "libelf-dev", "libssl-dev", "xz-utils"}
+	return []string{"linux-source-" + series, "gcc", "make", "flex", "bison", "bc", "libelf-dev", "libssl-dev", "patch", "xz-utils"}
 }
 
 // EnsurePackages makes sure that the named Debian packages are installed. As root it installs what is missing; otherwise the

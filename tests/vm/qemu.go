@@ -24,6 +24,7 @@ const kernelArgs = "console=ttyS0 panic=-1 tsc=reliable rdinit=/init sysctl.kern
 // machine is the files of one boot.
 type machine struct {
 	kernel, initramfs, kernelLog string
+	journal                      string // empty: the guest has no second serial line
 	memory                       int64
 	cpus                         int
 	disk                         string // empty: none
@@ -43,6 +44,9 @@ func (m machine) args() []string {
 		"-device", "virtio-serial-pci",
 		"-chardev", fmt.Sprintf("socket,id=port,fd=%d", portFD),
 		"-device", "virtserialport,chardev=port,name=" + wire.PortName,
+	}
+	if m.journal != "" {
+		a = append(a, "-serial", "file:"+escape(m.journal)) // which is wire.JournalTTY
 	}
 	a = append(a, share9p("root", wire.RootTag, "/", ",readonly=on")...)
 	for i, s := range m.shares {

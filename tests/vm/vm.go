@@ -53,6 +53,10 @@ type Config struct {
 
 	Stdout, Stderr io.Writer // nil: discarded
 
+	// Systemd makes the host's own systemd PID 1 of the guest. It runs next to nothing but its journal and a service with the command.
+	Systemd bool
+	Journal string // file for the journal of that systemd; empty: a temporary one, kept unless the command exits with 0
+
 	Timeout             time.Duration // of the whole run, boot included; 0: none
 	KernelLog           string        // file for the kernel's log; empty: a temporary one, kept if the run fails
 	AllowKernelWarnings bool          // do not fail on warnings in the kernel's log
@@ -73,21 +77,20 @@ func Run(ctx context.Context, cfg Config) (int, error) {
 		ctx, cancel = context.WithTimeoutCause(ctx, cfg.Timeout, ErrTimeout)
 		defer cancel()
 	}
-	keep := cfg.KernelLog != ""
-	if !keep {
-		f, err := os.CreateTemp("", "holdfast-vm-*.kernel.log")
-		if err != nil {
-			return 0, fmt.Errorf("vm: %w", err)
-		}
-		f.Close()
-		cfg.KernelLog = f.Name()
+	ours, err := cfg.logFiles()
+	if err != nil {
+		return 0, fmt.Errorf("vm: %w", err)
 	}
 	code, err := cfg.boot(ctx)
 	if err != nil {
 		if cause := context.Cause(ctx); cause != nil {
 			err = fmt.Errorf("killed: %w", cause)
 		}
-		return 0, fmt.Errorf("vm: %w\n%s", err, logTail(cfg.KernelLog))
+		err = fmt.Errorf("vm: %w\n%s", err, logTail("the kernel log", cfg.KernelLog))
+		if cfg.Systemd {
+			err = fmt.Errorf("%w\n%s", err, logTail("the journal", cfg.Journal))
+		}
+		return 0, err
 	}
 	log, err := os.ReadFile(cfg.KernelLog)
 	if err != nil {
@@ -96,10 +99,36 @@ func Run(ctx context.Context, cfg Config) (int, error) {
 	if lines := complaints(string(log)); len(lines) > 0 && !cfg.AllowKernelWarnings {
 		return code, fmt.Errorf("vm: %w", &KernelLogError{Lines: lines, Path: cfg.KernelLog})
 	}
-	if !keep {
-		os.Remove(cfg.KernelLog)
+	for _, path := range ours {
+		if path != cfg.Journal || code == 0 {
+			os.Remove(path)
+		} else {
+			fmt.Fprintln(cfg.Stderr, "vm: the journal of the guest is in", path)
+		}
 	}
 	return code, nil
+}
+
+// logFiles makes the files for the guest's logs that the caller did not name, and returns their paths.
+func (cfg *Config) logFiles() ([]string, error) {
+	var ours []string
+	make := func(path *string, kind string) error {
+		if *path != "" {
+			return nil
+		}
+		f, err := os.CreateTemp("", "holdfast-vm-*."+kind)
+		if err != nil {
+			return err
+		}
+		*path = f.Name()
+		ours = append(ours, f.Name())
+		return f.Close()
+	}
+	err := make(&cfg.KernelLog, "kernel.log")
+	if cfg.Systemd {
+		err = errors.Join(err, make(&cfg.Journal, "journal"))
+	}
+	return ours, err
 }
 
 // fill sets defaults and provides the kernel and QEMU.
@@ -154,7 +183,7 @@ func (cfg *Config) boot(ctx context.Context) (int, error) {
 	}
 	defer os.RemoveAll(dir)
 	m := machine{
-		kernel: cfg.Kernel, initramfs: filepath.Join(dir, "initramfs"), kernelLog: cfg.KernelLog,
+		kernel: cfg.Kernel, initramfs: filepath.Join(dir, "initramfs"), kernelLog: cfg.KernelLog, journal: cfg.Journal,
 		memory: cfg.Memory, cpus: cfg.CPUs, disk: cfg.Disk,
 		// The caller's disk has to show what a machine that loses power leaves: all that it had written. Ours is thrown away.
 		diskCache: "writeback",
@@ -201,7 +230,7 @@ func (cfg *Config) once(ctx context.Context, m machine) (int, error) {
 		return 0, err
 	}
 	code, err := cfg.converse(q, wire.Task{
-		Command: cfg.Command, Args: cfg.Args, Env: cfg.Env, Dir: cfg.Dir, Disk: true, Shares: m.shares,
+		Command: cfg.Command, Args: cfg.Args, Env: cfg.Env, Dir: cfg.Dir, Disk: true, Shares: m.shares, Systemd: cfg.Systemd,
 	})
 	if err != nil {
 		kill()

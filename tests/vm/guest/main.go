@@ -1,5 +1,7 @@
 // Command guest is PID 1 of the virtual machines that package vm boots: it makes the file systems, runs one command, reports its
-// output and exit code over the virtio-serial port, and powers off. It never runs on a host: it refuses to be anything but PID 1.
+// output and exit code over the virtio-serial port, and powers off. Where systemd is to be PID 1 it makes the file systems and the
+// unit files, becomes systemd, and does the rest as a service (the agent). It never runs on a host: it refuses to be anything but
+// PID 1, or a service that such a PID 1 has left a job for.
 package main
 
 import (
@@ -29,12 +31,17 @@ const drainTime = 5 * time.Second
 const portTime = 20 * time.Second
 
 func main() {
-	if os.Getpid() != 1 {
+	role := serve
+	switch job, err := os.ReadFile(jobFile); {
+	case os.Getpid() == 1:
+	case err == nil:
+		role = func() error { return agent(job) }
+	default:
 		fmt.Fprintln(os.Stderr, "guest: this is PID 1 of a test virtual machine and does nothing elsewhere")
 		os.Exit(2)
 	}
-	if err := serve(); err != nil {
-		// Standard error is the console here, so this lands in the kernel log.
+	if err := role(); err != nil {
+		// Standard error is the console or the journal here, so this lands in a log.
 		fmt.Fprintln(os.Stderr, "guest:", err)
 	}
 	syscall.Sync()
@@ -42,21 +49,20 @@ func main() {
 	fmt.Fprintln(os.Stderr, "guest: powering off:", err)
 }
 
-// serve holds the conversation described in package wire.
+// serve holds the conversation described in package wire, up to the Job if systemd takes over there.
 func serve() error {
 	if err := mountKernelFS(""); err != nil {
 		return err
 	}
-	f, err := openPort()
+	p, err := openPort()
 	if err != nil {
 		return err
 	}
-	defer f.Close()
-	p := &port{f: f}
+	defer p.f.Close()
 	if err := p.send(wire.Hello, nil); err != nil {
 		return err
 	}
-	kind, payload, err := wire.Read(f)
+	kind, job, err := wire.Read(p.f)
 	if err != nil {
 		return err
 	}
@@ -64,10 +70,22 @@ func serve() error {
 		return fmt.Errorf("expected a job, got frame of kind %d", kind)
 	}
 	var t wire.Task
-	if err := json.Unmarshal(payload, &t); err != nil {
+	if err := json.Unmarshal(job, &t); err != nil {
 		return fmt.Errorf("decoding the job: %w", err)
 	}
-	code, err := perform(t, p)
+	if err := prepare(t); err != nil {
+		return p.report(0, err)
+	}
+	if t.Systemd {
+		return p.report(0, becomeSystemd(job)) // it returns only if it failed
+	}
+	// Everything but PID 1 is the command's.
+	code, err := perform(t, p, &syscall.SysProcAttr{Setsid: true}, func() error { return unix.Kill(-1, unix.SIGKILL) })
+	return p.report(code, err)
+}
+
+// report ends the conversation: with the command's exit code, or with why it could not be run.
+func (p *port) report(code int, err error) error {
 	if err != nil {
 		err = p.send(wire.Failure, []byte(err.Error()))
 	} else {
@@ -76,7 +94,7 @@ func serve() error {
 	if err != nil {
 		return err
 	}
-	if kind, _, err = wire.Read(f); err != nil || kind != wire.Bye {
+	if kind, _, err := wire.Read(p.f); err != nil || kind != wire.Bye {
 		return fmt.Errorf("expected bye, got frame of kind %d, error %v", kind, err)
 	}
 	return nil
@@ -95,7 +113,7 @@ func (p *port) send(k wire.Kind, payload []byte) error {
 }
 
 // openPort finds the port by name in sysfs: device numbers depend on the order of PCI slots.
-func openPort() (*os.File, error) {
+func openPort() (*port, error) {
 	for deadline := time.Now().Add(portTime); ; time.Sleep(5 * time.Millisecond) {
 		names, err := filepath.Glob("/sys/class/virtio-ports/*/name")
 		if err != nil {
@@ -107,7 +125,8 @@ func openPort() (*os.File, error) {
 				return nil, fmt.Errorf("reading the name of a virtio port: %w", err)
 			}
 			if strings.TrimSpace(string(b)) == wire.PortName {
-				return os.OpenFile("/dev/"+filepath.Base(filepath.Dir(n)), os.O_RDWR, 0)
+				f, err := os.OpenFile("/dev/"+filepath.Base(filepath.Dir(n)), os.O_RDWR, 0)
+				return &port{f: f}, err
 			}
 		}
 		if time.Now().After(deadline) {
@@ -116,12 +135,9 @@ func openPort() (*os.File, error) {
 	}
 }
 
-// perform prepares the machine, runs the command to its end and returns its exit code: 128+n if signal n ended it.
-func perform(t wire.Task, p *port) (int, error) {
-	if err := prepare(t); err != nil {
-		return 0, err
-	}
-	ws, err := run(t, p)
+// perform runs the command with attr to its end, kills what it left behind, and returns its exit code: 128+n if signal n ended it.
+func perform(t wire.Task, p *port, attr *syscall.SysProcAttr, killRest func() error) (int, error) {
+	ws, err := run(t, p, attr, killRest)
 	if err != nil {
 		return 0, err
 	}
@@ -138,9 +154,9 @@ func perform(t wire.Task, p *port) (int, error) {
 	return ws.ExitStatus(), nil
 }
 
-// run starts the command, pumps its output, reaps every process of the machine until the command has ended, then kills the rest.
+// run starts the command, pumps its output, reaps every child of this process until the command has ended, then kills the rest.
 // It does not use exec.Cmd: PID 1 has to wait for any child, which would steal the status that Cmd.Wait wants.
-func run(t wire.Task, p *port) (syscall.WaitStatus, error) {
+func run(t wire.Task, p *port, attr *syscall.SysProcAttr, killRest func() error) (syscall.WaitStatus, error) {
 	for _, e := range t.Env {
 		if v, ok := strings.CutPrefix(e, "PATH="); ok {
 			os.Setenv("PATH", v)
@@ -168,7 +184,7 @@ func run(t wire.Task, p *port) (syscall.WaitStatus, error) {
 		return 0, err
 	}
 	pid, err := syscall.ForkExec(path, append([]string{t.Command}, t.Args...), &syscall.ProcAttr{
-		Dir: t.Dir, Env: t.Env, Files: []uintptr{null.Fd(), stdout.Fd(), stderr.Fd()}, Sys: &syscall.SysProcAttr{Setsid: true},
+		Dir: t.Dir, Env: t.Env, Files: []uintptr{null.Fd(), stdout.Fd(), stderr.Fd()}, Sys: attr,
 	})
 	stdout.Close()
 	stderr.Close()
@@ -179,7 +195,9 @@ func run(t wire.Task, p *port) (syscall.WaitStatus, error) {
 	if err != nil {
 		return 0, err
 	}
-	_ = unix.Kill(-1, unix.SIGKILL) // ESRCH: nothing else was running
+	if err := killRest(); err != nil && !errors.Is(err, unix.ESRCH) { // which means that nothing else was running
+		return 0, fmt.Errorf("killing what the command left running: %w", err)
+	}
 	drained := make(chan struct{})
 	go func() { pumps.Wait(); close(drained) }() // ends with the machine at the latest
 	select {

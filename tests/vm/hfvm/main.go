@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"strings"
 	"syscall"
 
 	"holdfast/tests/vm"
@@ -23,7 +24,7 @@ const exitMachine = 125
 func main() {
 	var (
 		cfg    = vm.Config{Stdout: os.Stdout, Stderr: os.Stderr}
-		series = flag.String("series", vm.DefaultSeries, "kernel `series` to build and boot")
+		series = flag.String("series", vm.DefaultSeries, "kernel `series` to build and boot: "+strings.Join(vm.Series, " or "))
 		memory = flag.Int64("memory", vm.DefaultMemory>>20, "memory in `MiB`")
 		disk   = flag.Int64("disk-size", vm.DefaultDiskSize>>20, "size of a new disk in `MiB`")
 	)
@@ -31,6 +32,8 @@ func main() {
 	flag.StringVar(&cfg.Disk, "disk", "", "disk image `file` to use and keep, created if missing (default: a temporary one)")
 	flag.DurationVar(&cfg.Timeout, "timeout", 0, "kill the machine after this `time` (default: never)")
 	flag.StringVar(&cfg.KernelLog, "kernel-log", "", "`file` for the kernel's log (default: a temporary one, kept on failure)")
+	flag.BoolVar(&cfg.Systemd, "systemd", false, "boot the host's systemd as PID 1, and run the command in a service of it")
+	flag.StringVar(&cfg.Journal, "journal", "", "`file` for the journal of that systemd (default: a temporary one, kept on failure)")
 	flag.BoolVar(&cfg.AllowKernelWarnings, "allow-kernel-warnings", false, "do not fail if the kernel's log has warnings")
 	flag.Func("share", "`directory` that the guest may write to (repeatable)", func(s string) error {
 		cfg.Shares = append(cfg.Shares, s)

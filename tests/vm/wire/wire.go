@@ -3,6 +3,9 @@
 // The conversation: guest Hello; host Job; guest any number of Stdout and Stderr; guest Exit or Failure; host Bye, after which the
 // guest powers off. The guest waits for Bye because a byte is safe only when the host has read it: powering off drops what is queued.
 //
+// With Task.Systemd the guest's end changes hands after the Job: PID 1 closes the port and becomes systemd, and a service of it opens
+// the port again. The host says nothing between Job and Bye, so that there is nothing to lose meanwhile.
+//
 // A frame is one byte of kind, four bytes of payload length (little endian) and the payload.
 package wire
 
@@ -39,6 +42,7 @@ type Task struct {
 	Dir     string
 	Disk    bool    // a disk is attached: mount it at DiskDir
 	Shares  []Share // mounted read-write
+	Systemd bool    // the host's systemd is PID 1, and runs the command in a service
 }
 
 // Share is a host directory that the guest writes through to.
@@ -49,6 +53,9 @@ type Share struct {
 
 // DiskDir is where the guest mounts its disk.
 const DiskDir = "/cache"
+
+// JournalTTY is the serial line that systemd's journal goes to, apart from the kernel's.
+const JournalTTY = "/dev/ttyS1"
 
 // RootTag is the 9p mount tag of the host's root directory.
 const RootTag = "root"
