@@ -39,6 +39,8 @@ var measurements = []struct {
 	{"miss", missChunk},
 	{"miss4k", missPage},
 	{"memory", residentMemory},
+	{"recovery", recovery},
+	{"upgrade", upgrading},
 }
 
 func main() {

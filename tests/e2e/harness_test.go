@@ -44,9 +44,9 @@ type testHost struct {
 	t *testing.T
 }
 
-// newHost starts a keeper and a daemon with more flags for serve, and stops them when the test ends. It skips where the
+// workDir makes a directory for a host, which is removed when the test ends, and says which engine to use. It skips where the
 // kernel offers no engine, which `holdfast doctor` has to prove by trying; with HOLDFAST_ENGINE set there is no skipping.
-func newHost(t *testing.T, serve ...string) *testHost {
+func workDir(t *testing.T) (dir, engine string) {
 	t.Helper()
 	dir, err := host.WorkDir()
 	if err != nil {
@@ -57,9 +57,7 @@ func newHost(t *testing.T, serve ...string) *testHost {
 			t.Errorf("clean up: %v", err)
 		}
 	})
-	engine := os.Getenv("HOLDFAST_ENGINE")
-	if engine == "" {
-		engine = "auto"
+	if engine = engineFlag(); engine == "auto" {
 		if os.Geteuid() != 0 {
 			t.Skip("mounting needs root, and this is not root")
 		}
@@ -67,7 +65,28 @@ func newHost(t *testing.T, serve ...string) *testHost {
 			t.Skipf("this kernel offers no engine, as holdfast doctor found by trying: %v", err)
 		}
 	}
-	h, err := host.Start(bin, dir, append([]string{"--engine", engine}, serve...)...)
+	return dir, engine
+}
+
+// engineFlag is the engine that tests ask for.
+func engineFlag() string {
+	if e := os.Getenv("HOLDFAST_ENGINE"); e != "" {
+		return e
+	}
+	return "auto"
+}
+
+// newHost starts a keeper and a daemon with more flags for serve, and stops them when the test ends.
+func newHost(t *testing.T, serve ...string) *testHost {
+	t.Helper()
+	dir, engine := workDir(t)
+	return startHost(t, bin, dir, append([]string{"--engine", engine}, serve...)...)
+}
+
+// startHost is newHost with a program and a directory of the caller's.
+func startHost(t *testing.T, bin, dir string, serve ...string) *testHost {
+	t.Helper()
+	h, err := host.Start(bin, dir, serve...)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -11,10 +11,13 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"holdfast/daemon"
 )
 
 // A Host is a running keeper and daemon.
@@ -28,15 +31,30 @@ type Host struct {
 // Start starts a keeper and a daemon (with more flags for serve) of the holdfast binary bin, and waits until the daemon
 // answers, 60 s at most.
 func Start(bin, dir string, serve ...string) (*Host, error) {
-	h := &Host{Dir: dir, bin: bin, done: make(chan error, 1)}
-	out, err := os.OpenFile(h.logPath(), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	return StartWith(Options{Bin: bin, Dir: dir, Serve: serve})
+}
+
+// Options say what a host is made of. Bin and Dir are required.
+type Options struct {
+	Bin, Dir string
+	Serve    []string // more flags for serve
+	Env      []string // more of the keeper's and the daemon's environment
+	Keeper   []string // a command line that runs the one which follows it: put before the keeper's
+	Daemon   []string // likewise, before the daemon's
+}
+
+// StartWith is Start with more to say.
+func StartWith(o Options) (*Host, error) {
+	h := &Host{Dir: o.Dir, bin: o.Bin, done: make(chan error, 1)}
+	out, err := os.OpenFile(h.LogPath(), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {
 		return nil, err
 	}
 	defer out.Close()
-	args := append(h.global("keep", "--", bin), h.global("serve")...)
-	h.keep = exec.Command(bin, append(args, serve...)...)
+	args := slices.Concat(o.Keeper, []string{o.Bin}, h.global("keep", "--"), o.Daemon, []string{o.Bin}, h.global("serve"), o.Serve)
+	h.keep = exec.Command(args[0], args[1:]...)
 	h.keep.Stdout, h.keep.Stderr = out, out
+	h.keep.Env = append(os.Environ(), o.Env...)
 	if err := h.keep.Start(); err != nil {
 		return nil, err
 	}
@@ -51,11 +69,19 @@ func (h *Host) global(args ...string) []string {
 	return append([]string{"--root", filepath.Join(h.Dir, "root"), "--run", filepath.Join(h.Dir, "run")}, args...)
 }
 
-func (h *Host) logPath() string { return filepath.Join(h.Dir, "serve.log") }
+// LogPath is where the keeper and the daemon log.
+func (h *Host) LogPath() string { return filepath.Join(h.Dir, "serve.log") }
+
+// Client returns a client of the daemon, to be closed.
+func (h *Host) Client() *daemon.Client {
+	return daemon.NewClient(filepath.Join(h.Dir, "run", "api.sock"))
+}
 
 func (h *Host) waitUp() error {
-	for deadline := time.Now().Add(60 * time.Second); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
-		if _, err := h.Run("status", "--json"); err == nil {
+	client := h.Client()
+	defer client.Close()
+	for deadline := time.Now().Add(60 * time.Second); time.Now().Before(deadline); time.Sleep(2 * time.Millisecond) {
+		if _, err := client.Status(context.Background()); err == nil {
 			return nil
 		}
 		select {
@@ -66,6 +92,25 @@ func (h *Host) waitUp() error {
 		}
 	}
 	return fmt.Errorf("the daemon does not answer within 60 s:\n%s", h.Log())
+}
+
+// KillKeeper kills the keeper and waits for its end; the daemon goes on.
+func (h *Host) KillKeeper() error {
+	if err := h.keep.Process.Kill(); err != nil {
+		return err
+	}
+	<-h.done
+	return nil
+}
+
+// Restart starts a keeper and a daemon anew, in the place of ones that have ended, and waits until the daemon answers.
+func (h *Host) Restart(serve ...string) error {
+	next, err := Start(h.bin, h.Dir, serve...)
+	if err != nil {
+		return err
+	}
+	*h = *next
+	return nil
 }
 
 // Stop unmounts what is mounted below Dir and stops the daemon and the keeper.
@@ -112,8 +157,8 @@ func (h *Host) Mounts() []string {
 
 // Log is the end of what keeper and daemon logged.
 func (h *Host) Log() string {
-	b, _ := os.ReadFile(h.logPath())
-	return string(b[max(0, len(b)-8000):])
+	b, _ := os.ReadFile(h.LogPath())
+	return string(b[max(0, len(b)-64000):])
 }
 
 // KeeperPID is the keeper's process id.
