@@ -9,24 +9,38 @@ RELEASE := $(shell git describe --tags --always --dirty 2>/dev/null || echo unkn
 FUZZTIME ?= 60s
 # Where the test machine, which has no KVM to help it, gives up.
 VM := bin/hfvm -timeout 20m
-# What runs in it: the engine that needs its kernel, and everything end to end on that engine.
-VM_TESTS := fscache/cachefiles tests/e2e
+# What runs in it, as KERNEL:PACKAGE: the engine that needs its kernels, with and without `restore`; everything end to end on that engine; kills
+# of the daemon at every named point and at random; and a daemon under a real systemd.
+VM_TESTS := 6.12:fscache/cachefiles 6.12:tests/e2e 6.12:tests/kill 6.12:tests/systemd 6.1:fscache/cachefiles 6.1:tests/kill
+# How long each sampled drill of tests/kill may take in the test machine, where everything takes ten times as long.
+VM_KILL_BUDGET ?= 100s
+# How many times `make drill` kills the daemon on each engine, at random.
+KILLS ?= 2000
 
-.PHONY: all build demo test lint bench vm fuzz deps clean
+.PHONY: all build demo test lint bench vm schedules drill drill-full fuzz deps clean
 
 all: build
 
-# The product, and the program that runs a command in the test machine.
+# The product, the same with the points at which tests kill it, and the program that runs a command in the test machine.
 build:
 	$(GO) build -trimpath -ldflags '-s -w -X main.release=$(RELEASE)' -o bin/holdfast ./cmd/holdfast
+	$(GO) build -trimpath -tags crashpoints -o bin/holdfast-points ./cmd/holdfast
 	$(GO) build -o bin/hfvm ./tests/vm/hfvm
 
 demo: build
 	$(GO) run ./tests/deps mmdebstrap zstd
 	$(GO) run ./tests/demo -holdfast bin/holdfast -vm "$(VM) --"
 
-test: deps lint vm
-	CGO_ENABLED=1 HOLDFAST_BIN=$(CURDIR)/bin/holdfast $(GO) test -race -timeout 20m ./...
+test: deps lint schedules vm
+	CGO_ENABLED=1 $(KILL_ENV) $(GO) test -race -timeout 25m ./...
+	$(GO) test -count=1 -tags crashpoints ./state ./handover
+
+# What tests of the whole program are given.
+KILL_ENV := HOLDFAST_BIN=$(CURDIR)/bin/holdfast HOLDFAST_BIN_POINTS=$(CURDIR)/bin/holdfast-points
+
+# 100,000 schedules of crashes, upgrades and faults on the simulated kernels, without the race detector: nothing in them runs at once.
+schedules:
+	$(GO) test -count=1 -v -run 'TestSchedules$$' ./fscache/simkernel
 
 deps:
 	$(GO) run ./tests/deps gcc libc6-dev erofs-utils e2fsprogs xfsprogs zstd xz-utils
@@ -37,14 +51,30 @@ lint:
 	$(GO) tool staticcheck ./...
 	$(GO) tool depguard ./...
 
-# Builds the test kernel where it is not cached (some minutes), and runs VM_TESTS on it.
+# Builds the test kernels where they are not cached (some minutes each), and runs VM_TESTS on them.
 vm: build
-	for p in $(VM_TESTS); do $(GO) test -c -o bin/$$(basename $$p).test ./$$p || exit 1; done
-	for p in $(VM_TESTS); do \
-		echo "== $$p in the test machine"; \
-		(cd $$p && HOLDFAST_BIN=$(CURDIR)/bin/holdfast HOLDFAST_ENGINE=cachefiles \
-			$(CURDIR)/$(VM) -- $(CURDIR)/bin/$$(basename $$p).test -test.timeout 15m) || exit 1; \
+	set -e; for t in $(VM_TESTS); do \
+		kernel=$${t%%:*}; p=$${t#*:}; name=$$(basename $$p); flags=; \
+		test $$name = systemd && flags=-systemd; \
+		$(GO) test -c -o bin/$$name.test ./$$p; \
+		echo "== $$p in the test machine, Linux $$kernel"; \
+		(cd $$p && $(KILL_ENV) HOLDFAST_ENGINE=cachefiles HOLDFAST_BUDGET=$(VM_KILL_BUDGET) \
+			$(CURDIR)/$(VM) -series $$kernel $$flags -- $(CURDIR)/bin/$$name.test -test.timeout 18m); \
 	done
+
+# Harm on purpose, with figures: random kills of the daemon on both engines, what the kills must notice when a safety is taken out, and the drill
+# that operators have, with its report in drill-report/.
+drill: build
+	$(KILL_ENV) HOLDFAST_KILLS=$(KILLS) $(GO) test -count=1 -v -timeout 40m -run TestRandomKills ./tests/kill
+	$(GO) test -c -o bin/kill.test ./tests/kill
+	for kernel in 6.12 6.1; do (cd tests/kill && $(KILL_ENV) HOLDFAST_ENGINE=cachefiles HOLDFAST_KILLS=$(KILLS) \
+		bin=$(CURDIR)/bin; $$bin/hfvm -timeout 60m -series $$kernel -- $$bin/kill.test -test.v -test.timeout 55m -test.run TestRandomKills) || exit 1; done
+	$(KILL_ENV) HOLDFAST_DRILL=1 $(GO) test -count=1 -v -timeout 40m -run TestMutations ./tests/kill
+	bin/holdfast drill --own-daemon --duration 3m --report drill-report
+
+# Everything that can be enumerated: every point at every hit, every pair of a kill and a kill of its recovery, every system call.
+drill-full: drill
+	$(KILL_ENV) HOLDFAST_DRILL=full $(GO) test -count=1 -v -timeout 8h -run 'TestKillAt|TestKillDuring' ./tests/kill
 
 # Ratios against bare handlers in one run; never part of a test.
 bench: build
