@@ -112,7 +112,8 @@ type Engine interface {
 	// local file by itself (fanotify).
 	AsksForBootstrap() bool
 	// Mount mounts an image. With cachefiles the kernel asks for the objects while Mount runs: somebody else must be
-	// in Next. Errors name the directory and what to do.
+	// in Next. It returns when ctx ends, and when the process dies nothing of it keeps the process from ending. Errors name the directory and what
+	// to do.
 	Mount(ctx context.Context, m Mount) error
 	// Unmount is umount(2) of what Mount mounted; it fails with ErrBusy while files in it are open.
 	Unmount(ctx context.Context, dir string) error

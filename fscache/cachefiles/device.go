@@ -7,9 +7,11 @@ import (
 	"syscall"
 	"time"
 
+	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
 
 	"holdfast/fscache"
+	"holdfast/fscache/internal/spare"
 	"holdfast/state/crash"
 )
 
@@ -27,6 +29,7 @@ type device struct {
 	// Set by start, before anything reads.
 	polled *os.File // a copy of f in Go's poller
 	raw    syscall.RawConn
+	spare  *spare.Reserve // used under raw's read lock, and by the Next that has the turn
 
 	// The slot for the next request. Guarded by raw's read lock, which raw.Read holds.
 	slot    int
@@ -48,6 +51,10 @@ type delivery struct {
 // errStarved means that every slot of the inbox is lent: what is pending stays in the kernel until one is free.
 var errStarved = errors.New("no free slot in the inbox")
 
+// errNoDescriptor means that no descriptor is to be had for an object, should the next message be an OPEN: what is pending stays in the
+// kernel until there is one, for it fails an OPEN that is read without (ondemand.c, cachefiles_ondemand_get_fd).
+var errNoDescriptor = errors.New("no file descriptor for an object")
+
 // openDevice opens the device. Nobody else has it then: it has one opener at a time.
 func openDevice() (*os.File, error) {
 	fd, err := unix.Open(devicePath, unix.O_RDWR|unix.O_CLOEXEC, 0)
@@ -68,7 +75,7 @@ func openDevice() (*os.File, error) {
 
 // start puts a copy of the device into Go's poller, which polls it at once: `restore` must have been written before
 // (CVE-2024-39510, CVE-2024-40899, CVE-2024-42250).
-func (d *device) start() error {
+func (d *device) start(log *zap.Logger) error {
 	var dup int
 	err := control(d.f, func(fd int) (err error) {
 		if dup, err = unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0); err != nil {
@@ -94,7 +101,12 @@ func (d *device) start() error {
 		_ = polled.Close()
 		return err
 	}
-	d.polled, d.raw = polled, raw
+	reserve, err := spare.New(log)
+	if err != nil {
+		_ = polled.Close()
+		return err
+	}
+	d.polled, d.raw, d.spare = polled, raw, reserve
 	return nil
 }
 
@@ -112,7 +124,7 @@ func (d *device) interrupt() error {
 // resume undoes interrupt.
 func (d *device) resume() error { return d.polled.SetReadDeadline(time.Time{}) }
 
-// read waits for one message. Errors are errStarved, the kernel's errno, a *MalformedError (the message then holds its header,
+// read waits for one message. Errors are errStarved, errNoDescriptor, the kernel's errno, a *MalformedError (the message then holds its header,
 // if n says so), or those of a file that is closed or past its deadline. The delivery's slot is lent whatever the error.
 //
 // The kernel writes the message straight into a slot of the inbox: from the instruction at which it is no longer the kernel's to
@@ -128,7 +140,12 @@ func (d *device) read() (got delivery, err error) {
 		// The kernel hands the object's descriptor out without close-on-exec: no fork may come in between.
 		syscall.ForkLock.RLock()
 		defer syscall.ForkLock.RUnlock()
+		if !d.spare.Ready() {
+			readErr = errNoDescriptor
+			return true
+		}
 		got.n, readErr = unix.Read(int(fd), d.buf)
+		d.spare.Done(got.n > 0)
 		switch {
 		case readErr != nil:
 			got.n = 0
@@ -139,6 +156,7 @@ func (d *device) read() (got delivery, err error) {
 		crash.Point("cachefiles.next.after-read")
 		got.slot = d.slot
 		if got.m, readErr = DecodeMessage(d.buf[:got.n]); readErr == nil && got.m.Opcode == CACHEFILES_OP_OPEN {
+			d.spare.Lowest(int(got.m.Open.FD))
 			got.anon, readErr = own(int(got.m.Open.FD))
 		}
 		d.buf = nil
@@ -174,6 +192,7 @@ func (d *device) close() error {
 		d.inbox.Free(d.slot)
 	}
 	d.buf = nil
+	d.spare.Close()
 	return errors.Join(err, d.f.Close())
 }
 

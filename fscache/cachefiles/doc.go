@@ -22,6 +22,11 @@
 // object is open, and lets go of it when the kernel has closed the object, after ours is closed. While anybody has one the object
 // stays open in the kernel; when the last is gone the kernel asks again when it needs it (6.8 on) or fails every read (before).
 //
+// Nothing is read while the process has no descriptor left for an OPEN, which the kernel would fail: what is pending waits.
+//
+// Mount: the kernel's part of it sleeps uninterruptibly until the bootstrap's open is answered, so a process of its own does it, which has none of
+// these descriptors and none of the daemon's locks (erofs.NewApart). The process that answers can die at any moment.
+//
 // Takeover from a process that died, in this order:
 //  1. Inherited objects are open objects by the kernel's id of them. Those that the dead process had read the CLOSE of are let go.
 //  2. Inherited OPENs whose descriptors are held are answered with the size on record. Delivered again they would fail with EEXIST.

@@ -171,7 +171,7 @@ func (e *Engine) open(c Config) (err error) {
 	if err != nil || e.waiting {
 		return err
 	}
-	return e.dev.start()
+	return e.dev.start(e.log)
 }
 
 // checkConfig refuses what the kernel's command parser would cut short (daemon.c, cachefiles_daemon_write).

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"time"
 
 	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
@@ -25,7 +26,11 @@ func (e *Engine) Next() (fscache.Request, error) {
 		}
 		got, err := e.dev.read()
 		if errors.Is(err, errStarved) {
-			e.starve()
+			e.starve(nil)
+			continue
+		}
+		if errors.Is(err, errNoDescriptor) {
+			e.starve(time.After(e.dev.spare.Pause()))
 			continue
 		}
 		if err != nil {
@@ -63,13 +68,15 @@ func (e *Engine) unread() (r fscache.Request, done bool, err error) {
 	return r, false, nil
 }
 
-// starve waits until a slot may be free, or there is another reason to look.
-func (e *Engine) starve() {
+// starve waits until a slot or a descriptor may be free, which it is after an answer at the earliest, or at timeout, or until there is another
+// reason to look.
+func (e *Engine) starve(timeout <-chan time.Time) {
 	e.mu.Lock()
 	stopped := e.stopped
 	e.mu.Unlock()
 	select {
 	case <-e.nudge:
+	case <-timeout:
 	case <-stopped:
 	}
 }

@@ -99,7 +99,9 @@ func openEngine(t testing.TB, dir string, device *os.File) *Engine {
 
 func openWith(t testing.TB, c Config) *Engine {
 	t.Helper()
-	c.Log = zaptest.NewLogger(t)
+	if c.Log == nil {
+		c.Log = zaptest.NewLogger(t)
+	}
 	e, err := Open(c)
 	if err != nil {
 		t.Fatal(err)

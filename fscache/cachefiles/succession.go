@@ -71,7 +71,7 @@ func (e *Engine) Expect(pending []fscache.Pending, opened []fscache.Held, gone [
 		return errors.New("cachefiles engine: it does not wait for a predecessor")
 	}
 	crash.Point("cachefiles.expect.before-start")
-	if err := e.dev.start(); err != nil {
+	if err := e.dev.start(e.log); err != nil {
 		for _, h := range opened {
 			_ = h.File.Close()
 		}

@@ -224,6 +224,7 @@ func TestOpenThatThePredecessorAnsweredBeforeItDiedIsNotLostByReplay(t *testing.
 	if err := <-other; err != nil {
 		t.Errorf("the mount: %v", err)
 	}
+	soon(t, "the open was replayed, and answered", func() bool { return len(opens) > 0 && len(u.new.Pending()) == 0 })
 	if got := u.handleOf(late.boot.Key); before == 0 || got != before {
 		t.Errorf("the successor has opening %d of the bootstrap, want %d, which it inherited", got, before)
 	}

@@ -149,6 +149,7 @@ func TestFailoverWhileReading(t *testing.T) {
 	if err := <-startMount(t, im, dir); err != nil {
 		t.Fatal(err)
 	}
+	checkPage(t, dir, im.blob.Key, 0) // now the blob is open, and held: without `restore` it is else lost with the process that read its open
 	seed := rand.Uint64()
 	r := rand.New(rand.NewPCG(seed, 0))
 	var reading sync.WaitGroup

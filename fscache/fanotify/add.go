@@ -37,7 +37,7 @@ func (e *Engine) Add(ctx context.Context, o fscache.Object) error {
 func (e *Engine) add(o fscache.Object) error {
 	if known, err := e.object(o.Key); err == nil {
 		known.changing.Lock()
-		gone := known.gone
+		gone := known.gone.Load()
 		known.changing.Unlock()
 		switch {
 		case gone:
@@ -113,7 +113,7 @@ func (e *Engine) insert(obj *object) (alive bool, err error) {
 
 // forget makes an object unknown; its changing is held.
 func (e *Engine) forget(obj *object) {
-	obj.gone = true
+	obj.gone.Store(true)
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	delete(e.objects, obj.key)
@@ -142,7 +142,7 @@ func (e *Engine) watch(obj *object) error {
 
 // hold gives an object's quiet descriptor to the holder, if it has it not already; its changing is held.
 func (e *Engine) hold(obj *object) error {
-	if obj.held {
+	if obj.held.Load() {
 		return nil
 	}
 	f, err := obj.open()
@@ -155,16 +155,16 @@ func (e *Engine) hold(obj *object) error {
 			return fmt.Errorf("cache file %s: having its descriptor held: %w", obj.path, err)
 		}
 	}
-	obj.held = true
+	obj.held.Store(true)
 	return nil
 }
 
 // drop is the end of hold.
 func (e *Engine) drop(obj *object) {
-	if !obj.held {
+	if !obj.held.Load() {
 		return
 	}
-	obj.held = false
+	obj.held.Store(false)
 	e.holderDrop(obj, nil)
 }
 
@@ -183,7 +183,7 @@ func (e *Engine) holderDrop(obj *object, f *os.File) {
 func (e *Engine) adopt(obj *object, eventFD int) {
 	obj.changing.Lock()
 	defer obj.changing.Unlock()
-	if obj.gone || obj.quiet.Load() != nil {
+	if obj.gone.Load() || obj.quiet.Load() != nil {
 		return
 	}
 	err := obj.adopt(eventFD)
@@ -195,6 +195,29 @@ func (e *Engine) adopt(obj *object, eventFD int) {
 	}
 }
 
+// adoptAgain does what adopt could not when the object's event came, for want of a descriptor: whoever serves the event tries again to
+// write.
+func (e *Engine) adoptAgain(obj *object) {
+	obj.changing.Lock()
+	defer obj.changing.Unlock()
+	if obj.gone.Load() || obj.quiet.Load() != nil {
+		return
+	}
+	e.mu.Lock()
+	for fd, p := range e.pending { // what is in there is not closed before it is out
+		if p.object == obj && obj.adopt(int(fd)) == nil {
+			break
+		}
+	}
+	e.mu.Unlock()
+	if obj.quiet.Load() == nil || !obj.marked.Load() {
+		return
+	}
+	if err := e.hold(obj); err != nil {
+		e.log.Error("an object cannot be written to after a crash", zap.Error(err))
+	}
+}
+
 // Remove implements fscache.Engine.
 func (e *Engine) Remove(k fscache.Key) error {
 	o, err := e.object(k)
@@ -203,7 +226,7 @@ func (e *Engine) Remove(k fscache.Key) error {
 	}
 	o.changing.Lock()
 	defer o.changing.Unlock()
-	if o.gone {
+	if o.gone.Load() {
 		return fmt.Errorf("object %s: %w", k, fscache.ErrUnknown)
 	}
 	used, err := o.inUse()
@@ -233,7 +256,7 @@ func (e *Engine) Complete(k fscache.Key) error {
 	}
 	o.changing.Lock()
 	defer o.changing.Unlock()
-	if o.gone {
+	if o.gone.Load() {
 		return fmt.Errorf("object %s: %w", k, fscache.ErrUnknown)
 	}
 	crash.Point("fanotify.complete.before-unmark")

@@ -10,6 +10,7 @@
 //     are denied with EIO. What it cannot keep alone: when the group's last descriptor closes, the kernel allows
 //     everything and readers get the holes' zeros. The daemon therefore gives Lifeline to somebody else before the
 //     first mount (I4), and what was mounted under a group that is gone is for Abandon.
+//     No event is read without a descriptor number for it: the kernel would deny its reader. Those that find none wait in the kernel.
 //   - I2: the kernel matches an answer by descriptor number, oldest event first. A number is free for reuse only after
 //     its answer was written, so a number never stands for two of our own events.
 //   - I5: Present is read from the file (SEEK_DATA), never from memory.

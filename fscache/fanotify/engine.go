@@ -7,11 +7,13 @@ import (
 	"os"
 	"slices"
 	"sync"
+	"syscall"
 
 	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
 
 	"holdfast/fscache"
+	"holdfast/fscache/internal/spare"
 	"holdfast/state/crash"
 )
 
@@ -44,14 +46,18 @@ type Engine struct {
 	log    *zap.Logger
 	dir    string
 	root   *os.Root
-	group  *os.File // in Go's poller
+	group  *os.File        // in Go's poller
+	raw    syscall.RawConn // of group
 	inbox  fscache.Inbox
 	holder fscache.Holder
 
 	// reading is held by the one Next that reads, until the file of its event is written down: there is never more than one event
 	// whose file is not. Taken before all others.
 	reading sync.Mutex
-	private [SlotLen]byte // guarded by reading: the slot of an engine without an inbox
+	private [SlotLen]byte         // guarded by reading: the slot of an engine without an inbox
+	spare   *spare.Reserve        // guarded by reading
+	in      reception             // guarded by reading
+	attempt func(fd uintptr) bool // try
 
 	mu        sync.Mutex // guards what follows; never held over a system call that can wait
 	objects   map[fscache.Key]*object
@@ -147,11 +153,20 @@ func (e *Engine) open(c Config) error {
 		e.limit = min(e.limit, c.Inbox.Slots()-1) // one is for the read that waits
 	}
 	e.limit = max(e.limit, 1)
-	if e.group == nil {
-		e.group, err = newGroup()
+	inherited := e.group != nil
+	if !inherited {
+		if e.group, err = newGroup(); err != nil {
+			return err
+		}
+	}
+	if e.raw, err = e.group.SyscallConn(); err != nil {
 		return err
 	}
-	if !e.alive {
+	if e.spare, err = spare.New(e.log); err != nil {
+		return err
+	}
+	e.attempt = e.try
+	if inherited && !e.alive {
 		e.clean(numbers)
 	}
 	return nil
@@ -205,11 +220,15 @@ func (e *Engine) object(k fscache.Key) (*object, error) {
 	return nil, fmt.Errorf("object %s: %w", k, fscache.ErrUnknown)
 }
 
-// WriteAt implements fscache.Engine. ErrNotOpen: the object was taken over and nothing has read it since.
+// WriteAt implements fscache.Engine. ErrNotOpen: the object was taken over and nothing has read it since, or the process has no
+// descriptor left.
 func (e *Engine) WriteAt(k fscache.Key, p []byte, off int64) error {
 	o, err := e.object(k)
 	if err != nil {
 		return err
+	}
+	if o.quiet.Load() == nil {
+		e.adoptAgain(o)
 	}
 	return o.writeAt(p, off)
 }
@@ -288,6 +307,7 @@ func (e *Engine) closeFiles() error {
 	_ = e.sweep.end(true)
 	e.background.Wait()
 	e.reserved.Release()
+	e.spare.Close()
 	e.mu.Lock()
 	objects, events, orphans, adoptable := e.objects, e.pending, e.orphans, e.adoptable
 	e.objects, e.pending, e.orphans, e.adoptable, e.queue = nil, nil, nil, nil, nil

@@ -60,7 +60,7 @@ func (e *Engine) mount(m fscache.Mount) error {
 func (e *Engine) prepare(o *object) error {
 	o.changing.Lock()
 	defer o.changing.Unlock()
-	if o.gone {
+	if o.gone.Load() {
 		return fmt.Errorf("object %s: %w", o.key, fscache.ErrUnknown)
 	}
 	return e.watch(o)

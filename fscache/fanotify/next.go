@@ -3,7 +3,6 @@ package fanotify
 import (
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"time"
 
@@ -32,10 +31,19 @@ func (e *Engine) next() (fscache.Request, *object, error) {
 		if r, ok, err := e.admit(); ok || err != nil {
 			return r, nil, err
 		}
-		if err := e.sweep.ahead(); err != nil {
+		err := e.sweep.ahead()
+		if errors.Is(err, errStarved) {
+			e.starve()
+			continue
+		}
+		if err != nil {
 			return fscache.Request{}, nil, err
 		}
 		ev, slot, err := e.read()
+		if errors.Is(err, errStarved) {
+			e.starve()
+			continue
+		}
 		if err != nil {
 			return fscache.Request{}, nil, err
 		}
@@ -49,6 +57,25 @@ func (e *Engine) next() (fscache.Request, *object, error) {
 			return r, o, nil
 		}
 	}
+}
+
+// errStarved means that no descriptor is to be had for an event: what is pending stays in the kernel until there is one.
+var errStarved = errors.New("no file descriptor for an event")
+
+// starve waits until there may be a descriptor, or there is another reason to look. An answer gives its event's back.
+func (e *Engine) starve() {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.frozen || e.unsettled || len(e.queue) > 0 {
+		return
+	}
+	t := time.AfterFunc(e.spare.Pause(), func() {
+		e.mu.Lock() // who is about to wait does
+		defer e.mu.Unlock()
+		e.room.Broadcast()
+	})
+	defer t.Stop()
+	e.room.Wait()
 }
 
 // admit returns a request that was inherited, or waits until one more event may be read: one that finds no descriptor is denied by
@@ -78,35 +105,63 @@ func (e *Engine) admit() (fscache.Request, bool, error) {
 	}
 }
 
+// A reception is a read(2) of the group. It is the engine's, and guarded by reading, so that a read allocates nothing.
+type reception struct {
+	p   []byte
+	n   int
+	err error
+}
+
+// try reads once: it is what the poller calls at once, and then each time something may have come.
+func (e *Engine) try(fd uintptr) bool {
+	in := &e.in
+	if !e.spare.Ready() {
+		in.err = errStarved
+		return true
+	}
+	for in.err = unix.EINTR; in.err == unix.EINTR; {
+		in.n, in.err = unix.Read(int(fd), in.p)
+	}
+	e.spare.Done(in.err != unix.EAGAIN)
+	return in.err != unix.EAGAIN
+}
+
 // read returns the next event and the slot it is in, with its file written down there. Its FD is noFD where one was denied, or something
-// woke the reader. Errors end the engine.
+// woke the reader. Errors end the engine, but for errStarved.
 func (e *Engine) read() (Event, int, error) {
 	none := Event{FD: noFD}
 	slot, p, err := e.take()
 	if err != nil {
 		return none, noSlot, err
 	}
+	in := &e.in
+	in.p = p[:maxEventLen] // room for one event: what we have not read stays with the kernel
 	for {
 		unidentify(p)
-		n, err := e.group.Read(p[:maxEventLen]) // room for one event: what we have not read stays with the kernel
+		if err := e.raw.Read(e.attempt); err != nil {
+			e.free(slot)
+			if errors.Is(err, os.ErrDeadlineExceeded) {
+				return none, noSlot, e.rearm()
+			}
+			return none, noSlot, fscache.ErrClosed // Go has an error of its own here, which nothing matches
+		}
 		switch {
-		case err == nil:
+		case in.err == nil && in.n > 0:
 			crash.Point("fanotify.read.before-identity")
-			return e.decode(p, n, slot), slot, nil
-		case errors.Is(err, os.ErrDeadlineExceeded):
+			ev := e.decode(p, in.n, slot)
+			e.spare.Lowest(int(ev.FD))
+			return ev, slot, nil
+		case in.err == nil: // nothing, of an event whose file is gone (EOPENSTALE)
+		case errors.Is(in.err, errStarved):
 			e.free(slot)
-			return none, noSlot, e.rearm()
-		case errors.Is(err, os.ErrClosed):
-			e.free(slot)
-			return none, noSlot, fscache.ErrClosed
-		case errors.Is(err, unix.EINVAL), errors.Is(err, unix.EFAULT), errors.Is(err, unix.EBADF):
+			return none, noSlot, errStarved
+		case errors.Is(in.err, unix.EINVAL), errors.Is(in.err, unix.EFAULT), errors.Is(in.err, unix.EBADF):
 			// EINVAL: a record larger than any this release knows (get_one_event). It stays first in the queue.
 			e.free(slot)
-			return none, noSlot, fmt.Errorf("reading the fanotify group: %w", err)
-		case errors.Is(err, io.EOF):
+			return none, noSlot, fmt.Errorf("reading the fanotify group: %w", in.err)
 		default:
 			// The kernel could not open a descriptor (EMFILE, ENFILE, ENOMEM) and denied that one reader.
-			e.log.Error("the kernel denied a reader: no descriptor for its event", zap.Error(err))
+			e.log.Error("the kernel denied a reader: no descriptor for its event", zap.Error(in.err))
 		}
 	}
 }

@@ -38,9 +38,9 @@ type object struct {
 	// changing is held by the one who adds, completes, mounts or removes the object, also while the holder works on it, and by nobody else.
 	// Taken before Engine.mu.
 	changing sync.Mutex
-	held     bool // guarded by changing: the holder has quiet
-	complete bool // guarded by changing
-	gone     bool // guarded by changing: removed
+	held     atomic.Bool // changed under changing: the holder has quiet
+	complete bool        // guarded by changing
+	gone     atomic.Bool // changed under changing: removed
 
 	mu        sync.Mutex
 	dirSynced bool // guarded by mu
@@ -101,7 +101,8 @@ func inodeOf(f *os.File) (inode, error) {
 // take makes a descriptor that the holder has the object's quiet one. Nobody else has the object yet.
 func (o *object) take(f *os.File) {
 	_ = o.seek.Close() // only opened
-	o.seek, o.held = f, true
+	o.seek = f
+	o.held.Store(true)
 	o.quiet.Store(f)
 }
 

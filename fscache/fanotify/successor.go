@@ -43,11 +43,10 @@ func (e *Engine) Holding() []fscache.Held {
 	e.mu.Unlock()
 	var list []fscache.Held
 	for _, o := range objects {
-		o.changing.Lock()
-		if o.held && !o.gone {
+		// Without changing, which is held while the supervisor works: the predecessor of an upgrade asks while nobody reads.
+		if o.held.Load() && !o.gone.Load() {
 			list = append(list, fscache.Held{Object: o.object(), File: o.quiet.Load()})
 		}
-		o.changing.Unlock()
 	}
 	return list
 }

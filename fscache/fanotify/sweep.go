@@ -126,6 +126,9 @@ func (s *sweep) ahead() error {
 		return nil
 	}
 	fd, err := placeholder()
+	if errors.Is(err, unix.EMFILE) {
+		return errStarved
+	}
 	if err != nil {
 		return err
 	}

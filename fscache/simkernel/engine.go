@@ -99,6 +99,9 @@ func (k *Kernel) Start(c Config) (*Engine, error) {
 		}
 	}()
 	err := e.start()
+	if err == nil {
+		e.dropStale()
+	}
 	started = err == nil
 	return e, err
 }

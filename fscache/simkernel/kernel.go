@@ -3,6 +3,7 @@ package simkernel
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -148,6 +149,13 @@ func (k *Kernel) Let(h fscache.Held) {
 		k.device.let(h.Handle)
 	}
 	k.changed.Broadcast()
+}
+
+// Mounts lists where images are mounted.
+func (k *Kernel) Mounts() []string {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return slices.Sorted(maps.Keys(k.mounts))
 }
 
 // Obligations lists what processes, dead ones too, have read and not answered, of readers that still wait.

@@ -154,6 +154,7 @@ func (e *Engine) unwatch(k fscache.Key) []fscache.Held {
 
 // readFanotify reads one event into p, or returns nil.
 func (e *Engine) readFanotify(p []byte) *work {
+	p[noteAt] = 0 // an earlier event's note is not this one's
 	number := e.fan.lowest(e.c.Limit)
 	r, err := e.k.group.read(e, number)
 	if r == nil || err != nil {
