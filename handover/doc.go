@@ -17,6 +17,7 @@
 //	  MAINPID=pid                        that process, which the sender started, is the daemon from now on
 //	  READY=1, STOPPING=1                it serves; it is about to end because it was asked to or has nothing to do
 //	  WATCHDOG=1                         it is well
+//	  EXTEND_TIMEOUT_USEC=n              its end takes so long (Keep waits for it anyway)
 //	  RELOADING=1, STATUS=text           for people
 //	from the supervisor, in the environment of each start:
 //	  FDSTORE                            how many descriptors it would hold: absent if it holds none

@@ -168,14 +168,14 @@ func (d *daemon) do(line []string) (string, error) {
 		pid, err := strconv.Atoi(line[1])
 		return "ok", errorsJoin(err, d.store.MainPID(pid))
 	case "say": // say STATE
-		return "ok", errorsJoin(d.store.Notify(line[1]), d.store.barrier())
+		return "ok", errorsJoin(d.store.Notify(line[1]), reached(d.store))
 	case "watchdog":
 		return d.store.Watchdog().String(), nil
 	case "remove":
 		return "ok", d.store.Remove(line[1])
 	case "ready":
 		// The barrier makes the answer come after the keeper knows.
-		return "ok", errorsJoin(d.store.Notify("READY=1\nSTATUS=all is well"), d.store.barrier())
+		return "ok", errorsJoin(d.store.Notify("READY=1\nSTATUS=all is well"), reached(d.store))
 	case "read":
 		b, err := io.ReadAll(io.NewSectionReader(d.files[line[1]], 0, 100))
 		return string(b), err
@@ -400,4 +400,14 @@ func openFDs(pid string) []string {
 		}
 	}
 	return links
+}
+
+// reached returns when the supervisor has worked off all that the store sent.
+func reached(s *Store) error {
+	b, err := newBarrier()
+	if err != nil {
+		return err
+	}
+	defer b.close()
+	return s.barrier(b)
 }

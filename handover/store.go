@@ -133,6 +133,11 @@ func (s *Store) Push(name string, f *os.File) error { return s.PushAll([]NamedFi
 
 // PushAll is Push of several, each under its own name, with one wait for all. What there is no room for as a whole is not begun.
 func (s *Store) PushAll(files []NamedFile) error {
+	b, err := newBarrier()
+	if err != nil {
+		return fmt.Errorf("store file descriptors: %w", err)
+	}
+	defer b.close()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if err := s.check(files); err != nil {
@@ -150,7 +155,7 @@ func (s *Store) PushAll(files []NamedFile) error {
 		return nil
 	}
 	crash.Point("handover.store.before-barrier")
-	if err := s.barrier(); err != nil {
+	if err := s.barrier(b); err != nil {
 		return fmt.Errorf("store file descriptors (%q and %d more): %w", files[0].Name, len(files)-1, err)
 	}
 	crash.Point("handover.store.after-barrier")
@@ -180,10 +185,15 @@ func (s *Store) Remove(name string) error {
 	if err := checkName(name); err != nil {
 		return fmt.Errorf("remove a stored file descriptor: %w", err)
 	}
+	b, err := newBarrier()
+	if err != nil {
+		return fmt.Errorf("remove stored file descriptor %q: %w", name, err)
+	}
+	defer b.close()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	crash.Point("handover.store.before-remove")
-	if err := errors.Join(s.send("FDSTOREREMOVE=1\nFDNAME="+name, nil), s.barrier()); err != nil {
+	if err := errors.Join(s.send("FDSTOREREMOVE=1\nFDNAME="+name, nil), s.barrier(b)); err != nil {
 		return fmt.Errorf("remove stored file descriptor %q: %w", name, err)
 	}
 	crash.Point("handover.store.after-remove")
@@ -195,10 +205,15 @@ func (s *Store) Remove(name string) error {
 // supervisor has worked that off. By default a supervisor drops all that other processes send: what this process still has
 // to tell it, it tells before.
 func (s *Store) MainPID(pid int) error {
+	b, err := newBarrier()
+	if err != nil {
+		return fmt.Errorf("tell the supervisor of process %d: %w", pid, err)
+	}
+	defer b.close()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	crash.Point("handover.store.before-mainpid")
-	if err := errors.Join(s.send("MAINPID="+strconv.Itoa(pid), nil), s.barrier()); err != nil {
+	if err := errors.Join(s.send("MAINPID="+strconv.Itoa(pid), nil), s.barrier(b)); err != nil {
 		return fmt.Errorf("tell the supervisor of process %d: %w", pid, err)
 	}
 	crash.Point("handover.store.after-mainpid")
@@ -248,14 +263,38 @@ func (s *Store) sendFile(text string, f *os.File) error {
 	return errors.Join(err, sendErr)
 }
 
-// barrier returns when the supervisor has worked off all that was sent before (sd_notify_barrier(3), systemd 246).
-func (s *Store) barrier() error {
-	r, w, err := os.Pipe()
-	if err != nil {
-		return err
+// A barrier is a pipe, whose writing end the supervisor closes when it gets there.
+type barrier struct{ r, w *os.File }
+
+// How often a pipe is tried for that cannot be had for want of descriptors.
+const (
+	barrierPause = 10 * time.Millisecond
+	barrierTries = int(answerTime / barrierPause)
+)
+
+// newBarrier makes one, before anything is sent that it is for. Where no descriptor is left it waits as for a supervisor that is busy: an
+// object that is neither held nor let go has readers who get errors. It runs without mu, which the watchdog needs.
+func newBarrier() (b barrier, err error) {
+	for range barrierTries {
+		b.r, b.w, err = os.Pipe()
+		if !errors.Is(err, unix.EMFILE) && !errors.Is(err, unix.ENFILE) {
+			return b, err
+		}
+		time.Sleep(barrierPause)
 	}
-	defer r.Close()
-	err = func() error {
+	return b, fmt.Errorf("no file descriptor is left (raise LimitNOFILE=): %w", err)
+}
+
+// close closes what is open.
+func (b barrier) close() {
+	_ = b.r.Close()
+	_ = b.w.Close()
+}
+
+// barrier returns when the supervisor has worked off all that was sent before (sd_notify_barrier(3), systemd 246).
+func (s *Store) barrier(b barrier) error {
+	r, w := b.r, b.w
+	err := func() error {
 		defer w.Close()
 		raw, err := w.SyscallConn()
 		if err != nil {

@@ -187,6 +187,37 @@ func TestInheritedDescriptorsTakeRoom(t *testing.T) {
 	}
 }
 
+func TestPushAndRemoveWaitWhileNoDescriptorIsLeft(t *testing.T) {
+	s, h := storeOf(t, 1)
+	var old unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &old); err != nil {
+		t.Fatal(err)
+	}
+	limit := func(cur uint64) {
+		if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: cur, Max: old.Max}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	defer limit(old.Cur)
+	for _, do := range []func() error{func() error { return s.Push("x", os.Stderr) }, func() error { return s.Remove("x") }} {
+		done := make(chan error, 1)
+		limit(0)
+		go func() { done <- do() }()
+		select {
+		case err := <-done:
+			t.Fatalf("it ended without a descriptor: %v", err)
+		case <-time.After(3 * barrierPause):
+		}
+		limit(old.Cur)
+		if err := <-done; err != nil {
+			t.Fatal(err)
+		}
+	}
+	if n, names := h.listing(); n != 0 {
+		t.Errorf("held: %q", names)
+	}
+}
+
 func TestManyDescriptorsCostOneBarrier(t *testing.T) {
 	h, _ := testHolder(t)
 	h.pid = os.Getpid()

@@ -6,8 +6,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net/http"
 	"net/url"
+	"os"
 	"strconv"
 	"strings"
 	"time"
@@ -110,6 +112,18 @@ func retryAfter(v string) time.Duration {
 	return max(0, min(time.Until(t), maxRetryAfter))
 }
 
+// scarce says whether this process, and not the other side, was the reason: it had no file descriptor to try with, or its like. An attempt
+// at plain http that follows one at https which failed so may well be answered with an error that is about nothing else.
+func scarce(err error) bool {
+	var socket *os.SyscallError
+	if errors.As(err, &socket) && socket.Syscall == "socket" { // socket(2) knows no other side
+		return true
+	}
+	var file *fs.PathError
+	var errno interface{ Temporary() bool } // of syscall.Errno: EMFILE, ENFILE, EINTR
+	return errors.As(err, &file) && errors.As(file.Err, &errno) && errno.Temporary()
+}
+
 // clean turns an error of net/http or of the registry library into one that carries no address (which may be signed) and
 // no body, and marks those that trying again will not mend.
 func clean(err error) error {
@@ -118,7 +132,7 @@ func clean(err error) error {
 		return err
 	}
 	var te *transport.Error
-	if errors.As(err, &te) {
+	if !scarce(err) && errors.As(err, &te) {
 		e := &StatusError{Code: te.StatusCode}
 		if len(te.Errors) > 0 {
 			e.Message = printable(string(te.Errors[0].Code) + ": " + te.Errors[0].Message)

@@ -31,7 +31,7 @@ func OpenFile(path string) (*File, error) {
 	return &File{path: path, size: fi.Size(), f: f}, nil
 }
 
-// OpenRegular opens a regular file for reading; errors are permanent. What else path may be is not opened: that of a FIFO would
+// OpenRegular opens a regular file for reading; errors are permanent, unless it is this process that has no descriptor left. What else path may be is not opened: that of a FIFO would
 // wait for a writer.
 func OpenRegular(path string) (*os.File, os.FileInfo, error) {
 	fi, err := os.Stat(path)
@@ -42,6 +42,9 @@ func OpenRegular(path string) (*os.File, os.FileInfo, error) {
 		return nil, nil, Permanent(fmt.Errorf("open file: %w", err))
 	}
 	f, err := os.Open(path)
+	if scarce(err) {
+		return nil, nil, fmt.Errorf("open file: %w (raise LimitNOFILE=)", err)
+	}
 	if err != nil {
 		return nil, nil, Permanent(fmt.Errorf("open file: %w", err))
 	}
@@ -52,7 +55,7 @@ func OpenRegular(path string) (*os.File, os.FileInfo, error) {
 	return f, fi, nil
 }
 
-// ReadFile reads a regular file of at most limit bytes. Errors are permanent; that about a larger one wraps [ErrTooLarge].
+// ReadFile reads a regular file of at most limit bytes. Errors are permanent as [OpenRegular]'s; that about a larger one wraps [ErrTooLarge].
 func ReadFile(path string, limit int64) ([]byte, error) {
 	f, fi, err := OpenRegular(path)
 	if err != nil {

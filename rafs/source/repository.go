@@ -61,6 +61,9 @@ func NewRepository(repo name.Repository, o Options) *Repository {
 	if o.Stall == 0 {
 		o.Stall = DefaultStall
 	}
+	if repo.Scheme() == "https" {
+		loadRoots()
+	}
 	conns := newTransport()
 	base := &guard{base: conns, stall: o.Stall}
 	r := &Repository{

@@ -2,15 +2,22 @@ package source
 
 import (
 	"context"
+	"crypto/x509"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
+	"sync"
 	"time"
 )
 
 // maxAnswer bounds answers that were not asked for as a range: handshakes, tokens, manifests, error bodies.
 const maxAnswer = 8 << 20
+
+// loadRoots reads the certificates that this system trusts, in the background, before they are needed. Package crypto/x509 tries that only
+// once: if the process had no file descriptor left at the first handshake, it would trust nobody for as long as it lives. The goroutine
+// ends by itself.
+var loadRoots = sync.OnceFunc(func() { go func() { _, _ = x509.SystemCertPool() }() })
 
 // newTransport returns the connections of one Repository.
 func newTransport() *http.Transport {

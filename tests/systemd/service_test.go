@@ -3,6 +3,7 @@ package systemd
 import (
 	"errors"
 	"fmt"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -127,6 +128,9 @@ func TestRestartKeepsWhatSystemdHolds(t *testing.T) {
 				t.Errorf("systemd holds %d descriptors after %s, %d before", got, verb, held)
 			}
 		}, fmt.Sprintf("f%d", i))
+	}
+	if log := s.journal(); strings.Contains(log, "timed out. Killing") {
+		t.Errorf("systemd did not give the daemon the time that it asked for:\n%s", log)
 	}
 	dropCaches(t)
 	s.read(im, dir).wait()
