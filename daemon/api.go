@@ -78,6 +78,7 @@ func (d *Daemon) serveAPI(l net.Listener) *server {
 		BaseContext:       func(net.Listener) context.Context { return ctx },
 		ErrorLog:          zap.NewStdLog(d.log),
 	}}
+	d.succession.api = s
 	s.wg.Go(func() {
 		if err := s.http.Serve(l); !errors.Is(err, http.ErrServerClosed) && !s.left.Load() {
 			s.failed <- err

@@ -7,7 +7,6 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"time"
 
 	"go.uber.org/zap"
 
@@ -97,17 +96,20 @@ func Attach(a Origin, o *Options) (err error) {
 // inherit collects what the engine's predecessor left.
 func inherit(a Origin, boot string, session *state.Session, h *Holder) (in fscache.Inherited, boxes []state.ReadBox, damaged []string, err error) {
 	in.Lifeline = a.Inherited[a.Engine]
-	if in.Objects, err = h.Inherit(a.Inherited); err != nil {
+	if in.Objects, err = h.Inherit(a.Inherited, in.Lifeline != nil); err != nil {
 		return in, nil, nil, err
 	}
 	pending, err := session.Pending()
 	if err != nil {
 		return in, nil, nil, err
 	}
+	boxes, damaged, err = state.ReadInboxes(filepath.Join(a.Run, inboxDir), boot, a.Engine)
+	if in.Lifeline == nil { // who asked was answered by the kernel when the last who had it let go
+		return in, boxes, damaged, err
+	}
 	for _, r := range pending {
 		in.Pending = append(in.Pending, recorded(r))
 	}
-	boxes, damaged, err = state.ReadInboxes(filepath.Join(a.Run, inboxDir), boot, a.Engine)
 	for _, b := range boxes {
 		in.Messages = append(in.Messages, b.Messages...)
 	}
@@ -122,13 +124,8 @@ func newInbox(a Origin, boot, release string) (*state.Inbox, error) {
 // alone does not always say which it is about.
 //
 // ORDER: on record before the inboxes are removed.
-func keepRecord(e fscache.Engine, session *state.Session, boxes []state.ReadBox) error {
-	now := time.Now()
-	var list []sighting
-	for _, p := range e.Pending() {
-		list = append(list, sighting{p, now})
-	}
-	if err := session.SetPending(records(list)); err != nil {
+func keepRecord(r *recorder, session *state.Session, boxes []state.ReadBox) error {
+	if err := r.keep(session); err != nil {
 		return err
 	}
 	crash.Point("daemon.attach.before-remove-inbox")

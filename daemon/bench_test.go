@@ -21,6 +21,7 @@ import (
 	"holdfast/fscache/fanotify"
 	"holdfast/rafs"
 	"holdfast/rafs/source"
+	"holdfast/state"
 )
 
 // The environment that makes the test binary the benchmark's reader.
@@ -80,11 +81,11 @@ func misses(b *testing.B, path string) {
 }
 
 // benchEngine opens the fanotify engine with one object, and a sparse local blob for it.
-func benchEngine(b *testing.B) (e *fanotify.Engine, key fscache.Key, blob, file string) {
+func benchEngine(b *testing.B, inbox fscache.Inbox) (e *fanotify.Engine, key fscache.Key, blob, file string) {
 	b.Helper()
 	dir := b.TempDir()
 	needFanotify(b, dir)
-	e, err := fanotify.Open(fanotify.Config{Dir: dir})
+	e, err := fanotify.Open(fanotify.Config{Dir: dir, Inbox: inbox})
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -96,11 +97,28 @@ func benchEngine(b *testing.B) (e *fanotify.Engine, key fscache.Key, blob, file 
 	return e, key, blob, filepath.Join(dir, key.Domain, key.ID)
 }
 
-// BenchmarkMiss is a 4 KiB miss in an image with uncompressed chunks of 4 KiB.
+// BenchmarkMiss is a 4 KiB miss in an image with uncompressed chunks of 4 KiB, with every request recorded and with none.
 func BenchmarkMiss(b *testing.B) {
-	e, key, blob, file := benchEngine(b)
-	root := b.TempDir()
-	d, err := New(Options{Engine: e, Log: zap.NewNop(), Release: "bench", Root: root, Socket: filepath.Join(root, "s")})
+	b.Run("recorded", func(b *testing.B) { benchMiss(b, true) })
+	b.Run("unrecorded", func(b *testing.B) { benchMiss(b, false) })
+}
+
+func benchMiss(b *testing.B, recorded bool) {
+	root, run := b.TempDir(), benchRun(b)
+	o := Options{Log: zap.NewNop(), Release: "bench", Root: root, Socket: filepath.Join(root, "s")}
+	var inbox fscache.Inbox
+	if recorded {
+		var err, err2 error
+		o.Inbox, err = state.NewInbox(run, state.InboxHeader{Engine: fanotify.Name, Boot: "boot"}, inboxSlots, inboxSlot)
+		o.Session, _, err2 = state.OpenSession(filepath.Join(run, sessionFile), "boot", "bench")
+		if err := errors.Join(err, err2); err != nil {
+			b.Fatal(err)
+		}
+		inbox = o.Inbox
+	}
+	e, key, blob, file := benchEngine(b, inbox)
+	o.Engine = e
+	d, err := New(o)
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -120,16 +138,27 @@ func BenchmarkMiss(b *testing.B) {
 		b.Fatal(err)
 	}
 	d.tune()
-	d.pump.start()
+	d.begin()
 	misses(b, file)
 	if err := d.release(h); err != nil {
 		b.Error(err)
 	}
 }
 
+// benchRun makes a directory where a run directory is: on tmpfs.
+func benchRun(b *testing.B) string {
+	b.Helper()
+	dir, err := os.MkdirTemp("/dev/shm", "holdfast-bench-")
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() { _ = os.RemoveAll(dir) })
+	return dir
+}
+
 // BenchmarkMissBareLoop is the same served by a loop that copies a page.
 func BenchmarkMissBareLoop(b *testing.B) {
-	e, key, blob, file := benchEngine(b)
+	e, key, blob, file := benchEngine(b, nil)
 	defer e.Close()
 	if err := e.Add(context.Background(), fscache.Object{Key: key, Size: benchSize}); err != nil {
 		b.Fatal(err)

@@ -16,6 +16,7 @@ import (
 
 	"holdfast/fscache"
 	"holdfast/rafs/blob"
+	"holdfast/rafs/source"
 	"holdfast/state"
 )
 
@@ -48,7 +49,10 @@ type Daemon struct {
 	earlier    []state.Mount                  // on record of an earlier boot, between restore and remount
 	given      map[fscache.Key]presenceRecord // what a predecessor says is present; nil: settle finds out
 
-	mountPoints func() (map[string]string, error) // what is mounted; replaced where a test's engine mounts nothing
+	// What tests replace.
+	mountPoints func() (map[string]string, error)                    // what is mounted
+	start       func(context.Context, UpgradeRequest) (start, error) // a successor
+	source      func(source.Source) source.Source                    // what a mount's source is used through
 
 	base context.Context // parent of all work for the kernel; ends with errStopping
 	stop context.CancelCauseFunc
@@ -89,14 +93,17 @@ func newDaemon(o Options) (*Daemon, error) {
 			engine: o.Engine, decoder: decoder, log: o.Log,
 			ahead: uint64(o.ReadAhead), deadline: o.ReadDeadline, began: time.Now(),
 		},
-		mountPoints: mountPoints,
-		objects:     newObjects(), sources: &sourceTable{byName: map[string]*sourceStats{}}, mounts: newMounts(),
+		mountPoints: mountPoints, source: func(s source.Source) source.Source { return s },
+		objects: newObjects(), sources: &sourceTable{byName: map[string]*sourceStats{}}, mounts: newMounts(),
 	}
 	d.base, d.stop = context.WithCancelCause(context.Background())
 	d.pump = newPump(o.Engine, d.serve)
-	d.succession.done = make(chan struct{})
-	if o.Session != nil {
-		d.recorder = newRecorder(o.Engine, o.Session, o.Log)
+	d.succession.done, d.succession.going = make(chan struct{}), make(chan struct{}, 1)
+	d.succession.ending, d.succession.end = context.WithCancel(context.Background())
+	d.start = d.startSuccessor
+	d.recorder = newRecorder(o.Engine, o.Log)
+	if o.made != nil {
+		o.made(d)
 	}
 	return d, nil
 }

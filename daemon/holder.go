@@ -44,6 +44,8 @@ type Holder struct {
 	ready   chan struct{} // closed when session is set
 	session *state.Session
 
+	changing sync.RWMutex // held for reading by Hold and Drop while they work; leave waits for them. Taken before mu.
+
 	mu    sync.Mutex // guards what follows; held over no call of the supervisor's or the session's
 	names map[heldKey]string
 	left  bool // a successor has the records and the supervisor's ear
@@ -76,8 +78,10 @@ func (h *Holder) abandon() {
 }
 
 // leave changes nothing any more: a supervisor drops what a process sends that is not its main one, and the records are the successor's.
-// What the engine drops from here on the successor finds out for itself.
+// What the engine drops from here on the successor finds out for itself. It returns when nothing is being held or dropped.
 func (h *Holder) leave() {
+	h.changing.Lock()
+	defer h.changing.Unlock()
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.left = true
@@ -100,6 +104,8 @@ func (h *Holder) Known(key fscache.Key, handle uint32, name string) {
 // ORDER: record before supervisor: a descriptor that a successor inherits without a record is one it cannot name.
 func (h *Holder) Hold(x fscache.Held) error {
 	<-h.ready
+	h.changing.RLock()
+	defer h.changing.RUnlock()
 	if h.hasLeft() {
 		return fmt.Errorf("hold the descriptor of object %s: %w", x.Object.Key, errLeft)
 	}
@@ -125,6 +131,8 @@ func (h *Holder) Hold(x fscache.Held) error {
 // ORDER: supervisor before record, for the same reason.
 func (h *Holder) Drop(x fscache.Held) {
 	<-h.ready
+	h.changing.RLock()
+	defer h.changing.RUnlock()
 	k := heldKey{x.Object.Key, x.Handle}
 	h.mu.Lock()
 	name, ok := h.names[k]
@@ -165,8 +173,9 @@ func (h *Holder) Held() map[string]fscache.Key {
 
 // Inherit matches what the supervisor gave back with the records of it: files is what it gave, by name. A record without a
 // descriptor is of one that never reached the supervisor, or has left it; a descriptor without a record has lost it. Neither is an object
-// that can be named, and both are let go: the kernel asks for such objects anew where it can.
-func (h *Holder) Inherit(files map[string]*os.File) ([]fscache.Held, error) {
+// that can be named, and both are let go: the kernel asks for such objects anew where it can. So is everything if the lifeline that objects
+// belong to did not come with them.
+func (h *Holder) Inherit(files map[string]*os.File, lifeline bool) ([]fscache.Held, error) {
 	<-h.ready
 	records, err := h.session.Objects()
 	if err != nil {
@@ -183,6 +192,9 @@ func (h *Holder) Inherit(files map[string]*os.File) ([]fscache.Held, error) {
 			}
 			continue
 		}
+		if !lifeline {
+			continue
+		}
 		known[r.Name] = true
 		key := fscache.Key{Domain: r.Domain, ID: r.ID}
 		h.Known(key, r.Handle, r.Name)
@@ -192,8 +204,8 @@ func (h *Holder) Inherit(files map[string]*os.File) ([]fscache.Held, error) {
 		if !isObjectName(name) || known[name] {
 			continue
 		}
-		h.log.Warn("the supervisor holds an object's descriptor that nothing is on record about: it is let go", zap.String("name", name))
-		if err := errors.Join(f.Close(), h.store.Remove(name)); err != nil {
+		h.log.Warn("the supervisor holds an object's descriptor that is of no use: it is let go", zap.String("name", name), zap.Bool("lifeline", lifeline))
+		if err := errors.Join(f.Close(), h.store.Remove(name), h.session.ForgetObject(name)); err != nil {
 			return nil, err
 		}
 	}

@@ -98,38 +98,53 @@ func (d *Daemon) restore(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	var here, gone []*mount
+	var gone []*mount
+	here := map[string]*mount{}
 	for _, r := range records {
 		crash.Point("daemon.restore.before-mount")
 		m := &mount{record: r}
+		there := points[r.Dir] == fsType
 		switch {
-		case r.Boot != d.boot:
+		case r.Boot != d.boot && r.Stage == state.StageLinger: // what used it went with the boot
+			err = d.state.ForgetMount(r.ID)
+		case r.Boot != d.boot, r.Stage == state.StageAgain && !there:
 			d.earlier = append(d.earlier, r)
-		case points[r.Dir] != fsType:
+		case r.Stage == state.StageLinger: // what is there now is another
+			gone = append(gone, m)
+		case !there:
 			d.log.Warn("mount on record is not here", zap.String("image", r.Ref), zap.String("dir", r.Dir), zap.String("found", points[r.Dir]))
 			gone = append(gone, m)
 		case d.opt.Fresh:
 			err = d.abandon(ctx, m)
 		default:
-			here = append(here, m)
+			if old := here[r.Dir]; old != nil { // only one of two on one directory can be the one that is seen
+				if old.record.Created.After(r.Created) {
+					old, m = m, old
+				}
+				gone = append(gone, old)
+			}
+			here[r.Dir] = m
 		}
 		if err != nil {
 			return err
 		}
 	}
-	// After what was abandoned, which must not be known to the engine by then.
+	// After what was abandoned, which must not be known to the engine by then. Readers wait until all are taken up: every processor loads some.
+	g, loading := errgroup.WithContext(ctx)
+	g.SetLimit(runtime.GOMAXPROCS(0))
+	for _, m := range here {
+		g.Go(func() error { return d.takeUp(loading, m) })
+	}
+	if err := g.Wait(); err != nil {
+		return err
+	}
+	// After what is here: what that uses too is not in use elsewhere for it.
 	for _, m := range gone {
 		if err := d.restoreGone(ctx, m); err != nil {
 			return err
 		}
 	}
-	// Readers wait until all are taken up: every processor loads some.
-	g, ctx := errgroup.WithContext(ctx)
-	g.SetLimit(runtime.GOMAXPROCS(0))
-	for _, m := range here {
-		g.Go(func() error { return d.takeUp(ctx, m) })
-	}
-	return g.Wait()
+	return nil
 }
 
 // takeUp serves a mount on record that is there.
@@ -138,6 +153,9 @@ func (d *Daemon) takeUp(ctx context.Context, m *mount) error {
 		return err
 	}
 	if err := d.mounts.reserve(m); err != nil {
+		return err
+	}
+	if err := d.stage(m, ""); err != nil {
 		return err
 	}
 	if _, err := d.load(ctx, m); err != nil {
@@ -188,6 +206,15 @@ func (d *Daemon) restoreGone(ctx context.Context, m *mount) error {
 		return d.state.ForgetMount(m.record.ID)
 	}
 	return d.part(m, d.letGo(m))
+}
+
+// stage puts it on record how far a mount is.
+func (d *Daemon) stage(m *mount, s state.Stage) error {
+	if m.record.Stage == s {
+		return nil
+	}
+	m.record.Stage = s
+	return d.state.UpdateMount(m.record)
 }
 
 // fsType is what every mount of holdfast's is.

@@ -31,7 +31,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 		return errors.Join(err, d.close())
 	}
 	if d.opt.Session != nil {
-		if err := keepRecord(d.engine, d.opt.Session, d.opt.Boxes); err != nil {
+		if err := keepRecord(d.recorder, d.opt.Session, d.opt.Boxes); err != nil {
 			l.Close()
 			return errors.Join(err, d.close())
 		}
@@ -45,7 +45,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 func (d *Daemon) begin() {
 	crash.Point("daemon.begin.before-pump")
 	d.pump.start()
-	if d.recorder != nil {
+	if d.opt.Session != nil {
 		d.recorder.start()
 	}
 	crash.Point("daemon.begin.after-pump")
@@ -53,17 +53,17 @@ func (d *Daemon) begin() {
 
 // serveUntil serves the API too, until something ends that, and then ends everything.
 func (d *Daemon) serveUntil(ctx context.Context, l net.Listener) (err error) {
+	ticks, done := context.WithCancel(ctx)
+	d.succession.quiet = done
 	api := d.serveAPI(l)
-	d.succession.api = api
 	d.log.Info("serving", zap.String("engine", d.engine.Name()), zap.String("socket", d.opt.Socket), zap.Int("mounts", len(d.mounts.list())))
 	if d.opt.Ready != nil {
 		d.opt.Ready()
 	}
-	ticks, done := context.WithCancel(ctx)
-	d.succession.quiet = done
 	d.ticking.Go(func() { d.watchdog(ticks) })
 	select {
 	case <-ctx.Done():
+		d.askForTime()
 	case err = <-d.pump.failed:
 		err = fmt.Errorf("daemon: read requests of the kernel: %w", err)
 	case err = <-api.failed:
@@ -72,15 +72,31 @@ func (d *Daemon) serveUntil(ctx context.Context, l net.Listener) (err error) {
 		d.wentIdle = true
 		d.log.Info("idle: ending until the kernel or a client asks for something", zap.Duration("after", d.opt.IdleExit))
 	case <-d.succession.done:
+		err = d.succession.err
 	}
 	done()
 	d.ticking.Wait()
+	d.succession.stop()
 	api.shutdown()
 	return errors.Join(err, d.close())
 }
 
 // Idle reports, after Run, that it ended because there was nothing to do, and that whoever asks next is heard without it.
 func (d *Daemon) Idle() bool { return d.wentIdle }
+
+// closeGrace is what ending may take besides the requests in flight: answers of the API, and whoever syncs a database.
+const closeGrace = 20 * time.Second
+
+// askForTime has the supervisor wait for an end that takes its time. What it grants who does not ask is how long it waits for the remains of a daemon
+// that died, too, and that may be in vain: a process that makes a mount ends when the next daemon serves.
+func (d *Daemon) askForTime() {
+	if d.opt.Supervisor == nil {
+		return
+	}
+	if err := d.opt.Supervisor.Notify(fmt.Sprintf("EXTEND_TIMEOUT_USEC=%d", (d.opt.StopTimeout + closeGrace).Microseconds())); err != nil {
+		d.log.Warn("ask the supervisor for time to end", zap.Error(err))
+	}
+}
 
 // Unused reports, after Run, that for certain nothing is mounted that needs the engine's lifeline: state that was found damaged may
 // have named more mounts than are known, and a successor may mount more.
@@ -91,7 +107,7 @@ func (d *Daemon) Unused() bool {
 // close ends everything, in this order: what lingers and need not, no new requests, the requests in flight (those still there at the stop
 // timeout are left to the next process), what runs for no reader, the records, the engine, the state.
 func (d *Daemon) close() error {
-	if !d.succession.over.Load() {
+	if d.state != nil && !d.succession.over.Load() {
 		d.sweep()
 	}
 	err := d.pump.stop(d.opt.StopTimeout, func() {
@@ -111,9 +127,7 @@ func (d *Daemon) close() error {
 // closeState ends the recording and closes the databases. It may come twice: a successor needs them before this process ends.
 func (d *Daemon) closeState() (err error) {
 	d.closing.Do(func() {
-		if d.recorder != nil && d.recorder.started.Load() {
-			d.recorder.stop()
-		}
+		d.recorder.stop()
 		if d.opt.Session != nil {
 			err = d.opt.Session.Close()
 		}
@@ -129,9 +143,7 @@ func (d *Daemon) used(t *turn) {
 	if t != nil {
 		d.lastUsed.Store(int64(t.since.Sub(d.began)))
 	}
-	if d.recorder != nil {
-		d.recorder.kick()
-	}
+	d.recorder.kick()
 }
 
 // idle returns a channel that is closed when the daemon has nothing to do and whoever asks next will be heard without it. Reading is
@@ -165,16 +177,17 @@ func (d *Daemon) idle(ctx context.Context) <-chan struct{} {
 
 // quiesce stops reading, unless something came at the last moment.
 func (d *Daemon) quiesce() bool {
-	if err := d.pump.freeze(); err != nil {
-		d.log.Error("end for idleness", zap.Error(err))
+	if d.exclude() != nil {
 		return false
 	}
-	if len(d.engine.Pending()) == 0 && d.calls.Load() == 0 {
+	err := d.pump.freeze()
+	if err == nil && len(d.engine.Pending()) == 0 && d.calls.Load() == 0 {
 		return true
 	}
-	if err := d.pump.thaw(); err != nil {
-		d.log.Error("go on after all", zap.Error(err))
+	if err = errors.Join(err, d.pump.thaw()); err != nil {
+		d.log.Error("end for idleness", zap.Error(err))
 	}
+	d.succession.under.Store(false)
 	return false
 }
 
@@ -188,7 +201,7 @@ func (d *Daemon) needless() bool {
 		return false
 	}
 	for _, m := range d.mounts.list() {
-		if m.prefetching.Load() {
+		if m.prefetch.running.Load() > 0 {
 			return false
 		}
 	}

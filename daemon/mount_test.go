@@ -330,7 +330,7 @@ func TestPrefetchCompletesAnImageThatThenNeedsNoDaemon(t *testing.T) {
 	if _, err := h.client.Mount(t.Context(), MountRequest{Image: ref, Dir: dir, Prefetch: &on}); err != nil {
 		t.Fatal(err)
 	}
-	h.d.mounts.list()[0].prefetch.Wait()
+	h.d.mounts.list()[0].prefetch.wg.Wait()
 	h.d.background.Wait()
 	if list, err := h.client.Mounts(t.Context()); err != nil || len(list) != 1 || !list[0].Complete {
 		t.Errorf("after the prefetch: %+v, %v", list, err)
@@ -362,7 +362,7 @@ func TestImageOfAnotherBuilderIsServedToTheByte(t *testing.T) {
 	if _, err := h.client.Mount(t.Context(), MountRequest{Image: "rafs:" + dir + "/rafs-v6/rafs-v6-2.2.boot", Dir: mnt, Prefetch: &on}); err != nil {
 		t.Fatal(err)
 	}
-	h.d.mounts.list()[0].prefetch.Wait()
+	h.d.mounts.list()[0].prefetch.wg.Wait()
 	o := h.d.objects.get(fscache.Key{Domain: DefaultDomain, ID: id})
 	got := make([]byte, o.size())
 	if err := h.d.engine.ReadAt(o.key, got, 0); err != nil {

@@ -11,7 +11,6 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"go.uber.org/zap"
@@ -42,10 +41,7 @@ type mount struct {
 	blobs     []*hold // by index of image.Blobs
 	kept      []*hold // what the kernel still used when the mount was let go
 	gate      gate
-	cancel    context.CancelFunc // of the prefetch; nil: none
-	prefetch  sync.WaitGroup
-
-	prefetching atomic.Bool
+	prefetch  prefetching
 }
 
 func newMounts() *mounts { return &mounts{byDir: map[string]*mount{}} }
@@ -144,19 +140,12 @@ func (t *mounts) takeLingering() []*mount {
 // close ends the prefetches and closes the images; what is mounted stays mounted. Nothing may be mounting.
 func (t *mounts) close() (err error) {
 	for _, m := range append(t.list(), t.lingering...) {
-		m.stopPrefetch()
+		m.prefetch.end()
 		if m.image != nil {
 			err = errors.Join(err, m.image.Close())
 		}
 	}
 	return err
-}
-
-func (m *mount) stopPrefetch() {
-	if m.cancel != nil {
-		m.cancel()
-	}
-	m.prefetch.Wait()
 }
 
 // change keeps an upgrade away while something is mounted or unmounted, until done is called.
@@ -172,7 +161,7 @@ func (d *Daemon) change() (done func(), err error) {
 }
 
 func errUpgrading() error {
-	return conflict("try again in a moment", "the daemon is being upgraded: nothing is mounted or unmounted meanwhile")
+	return conflict("try again in a moment", "the daemon is being upgraded, or is ending: nothing is mounted or unmounted meanwhile")
 }
 
 // mount mounts an image. After an error nothing is left of the attempt but what was downloaded of the image's metadata.
@@ -257,7 +246,7 @@ func (d *Daemon) holdAll(ctx context.Context, m *mount, boot *bootstrap) (err er
 			return err
 		}
 		var h *hold
-		if h, err = d.hold(ctx, fscache.Key{Domain: m.record.Domain, ID: b.Info.ID}, b.Table, b.Source, &m.gate); err == nil {
+		if h, err = d.hold(ctx, fscache.Key{Domain: m.record.Domain, ID: b.Info.ID}, b.Table, d.source(b.Source), &m.gate); err == nil {
 			m.blobs = append(m.blobs, h)
 		}
 	}
@@ -302,6 +291,9 @@ func (d *Daemon) part(m *mount, err error) error {
 	if len(m.kept) == 0 {
 		return errors.Join(err, m.image.Close(), d.state.ForgetMount(m.record.ID))
 	}
+	if e := d.stage(m, state.StageLinger); e != nil {
+		d.log.Error("record that an unmounted image is still used", zap.String("image", m.record.Ref), zap.Error(e))
+	}
 	d.log.Info("an unmounted image is still used, in another mount namespace perhaps; it is served on",
 		zap.String("image", m.record.Ref), zap.String("dir", m.record.Dir), zap.Stringer("object", m.kept[0].o.key))
 	d.mounts.linger(m)
@@ -328,22 +320,17 @@ func (d *Daemon) engineMount(m *mount, boot *bootstrap) fscache.Mount {
 	return em
 }
 
-// startPrefetch brings m in from now on, if its record says so. unmount and close wait for it.
+// startPrefetch brings m in from now on, if its record says so, unless that is under way or m is being unmounted. unmount and close wait for it.
 func (d *Daemon) startPrefetch(m *mount) {
 	if !m.record.Prefetch {
 		return
 	}
-	ctx, cancel := context.WithCancel(d.base)
-	m.cancel = cancel
-	objects := make([]*object, len(m.blobs))
-	for i, h := range m.blobs {
-		objects[i] = h.o
-	}
-	plan := m.image.Plan()
-	m.prefetching.Store(true)
-	m.prefetch.Go(func() {
-		defer m.prefetching.Store(false)
-		newPrefetch(d.filler, &m.gate, m.record.PrefetchBPS).run(ctx, plan, objects)
+	m.prefetch.begin(d.base, func(ctx context.Context) {
+		objects := make([]*object, len(m.blobs))
+		for i, h := range m.blobs {
+			objects[i] = h.o
+		}
+		newPrefetch(d.filler, &m.gate, m.record.PrefetchBPS).run(ctx, m.image.Plan(), objects)
 	})
 }
 
@@ -370,7 +357,7 @@ func (d *Daemon) unmount(ctx context.Context, dir string) error {
 		d.mounts.give(m)
 		return unmountFailed(err)
 	}
-	m.stopPrefetch()
+	m.prefetch.end()
 	err = d.part(m, d.letGo(m))
 	d.mounts.drop(m)
 	d.sweep()
@@ -456,6 +443,9 @@ func (u *undo) run() (err error) {
 
 // mountFailed and unmountFailed say what the engine's errors mean to who asked.
 func mountFailed(err error) error {
+	if err == nil {
+		return nil
+	}
 	if errors.Is(err, fscache.ErrBusy) || errors.Is(err, os.ErrExist) {
 		return conflict("", "%w", err)
 	}

@@ -55,6 +55,8 @@ type Options struct {
 	StopTimeout  time.Duration // how long Run waits for requests in flight once it is told to stop
 	Prefetch     bool          // prefetch after mounting, where the mount does not say
 	PrefetchBPS  int64         // prefetch at most so many bytes a second and mount, where the mount does not say; 0: no limit
+
+	made func(*Daemon) // gets what was made of them before it is used: a test puts things of its own in place of the host's; may be nil
 }
 
 // complete fills in defaults and refuses what cannot work.

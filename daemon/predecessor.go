@@ -1,18 +1,11 @@
 package daemon
 
 import (
-	"cmp"
-	"context"
 	"errors"
 	"fmt"
-	"net"
-	"net/http"
 	"os"
-	"path/filepath"
+	"runtime"
 	"slices"
-	"strings"
-	"sync"
-	"sync/atomic"
 	"time"
 
 	"go.uber.org/zap"
@@ -22,165 +15,6 @@ import (
 	"holdfast/state/crash"
 )
 
-// UpgradeOptions say how a successor is started.
-type UpgradeOptions struct {
-	Args        []string // of this process, without its name: the successor gets the same
-	Environment []string // what the successor needs beside this process's environment
-	Run         string   // directory of the handover socket
-	Lock        *os.File // that keeps other daemons out of the run directory, and goes to the successor
-	MainPID     func(pid int) error
-}
-
-// An UpgradeRequest is the body of POST /v1/upgrade.
-type UpgradeRequest struct {
-	Binary  string        `json:"binary,omitempty"`     // absolute path of the successor; "": where this daemon's own was started from
-	Timeout time.Duration `json:"timeout_ns,omitempty"` // for the successor to get ready; 0: DefaultUpgradeTimeout
-}
-
-// An UpgradeResult says how an upgrade went.
-type UpgradeResult struct {
-	PID     int           `json:"pid"`      // of the successor
-	From    string        `json:"from"`     // releases
-	To      string        `json:"to"`       //
-	Prepare time.Duration `json:"prepare"`  // until the successor was ready, while everything was served
-	Pause   time.Duration `json:"pause_ns"` // in which nobody read the kernel's requests
-	Left    int           `json:"left"`     // requests that were in flight at the pause
-}
-
-// DefaultUpgradeTimeout is how long a successor may take to get ready.
-const DefaultUpgradeTimeout = time.Minute
-
-// succession is the predecessor's part in a hot upgrade.
-type succession struct {
-	under atomic.Bool   // an upgrade is under way: nothing is mounted or unmounted
-	over  atomic.Bool   // a successor reads the engine
-	done  chan struct{} // closed when this process has nothing left to do
-	api   *server
-	quiet context.CancelFunc // ends what this process tells the supervisor from time to time
-
-	mu       sync.Mutex
-	awaited  map[uint64]int // requests whose end the successor wants to hear of, and in how many parts each is answered; nil: none
-	finished chan uint64    // room for all of awaited
-}
-
-// report says that a request was answered.
-func (s *succession) report(r fscache.Request) {
-	if !s.over.Load() {
-		return
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	n := s.awaited[r.ID]
-	if n == 0 {
-		return
-	}
-	if s.awaited[r.ID]--; n == 1 {
-		s.finished <- r.ID
-	}
-}
-
-// await makes report tell of these requests.
-func (s *succession) await(list []fscache.Pending) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.awaited, s.finished = make(map[uint64]int, len(list)), make(chan uint64, len(list))
-	for _, p := range list {
-		s.awaited[p.ID]++
-	}
-}
-
-// Upgrade puts another process in this one's place. When it returns nil the successor serves and this process is about to end; after an
-// error this process serves as before.
-func (d *Daemon) Upgrade(ctx context.Context, r UpgradeRequest) (res UpgradeResult, err error) {
-	if d.opt.Upgrade == nil {
-		return res, invalid("", "this daemon cannot be upgraded: nothing would supervise its successor")
-	}
-	if r.Binary == "" {
-		if r.Binary, err = ownBinary(); err != nil {
-			return res, err
-		}
-	}
-	if !filepath.IsAbs(r.Binary) {
-		return res, invalid("give an absolute path", "upgrade to %q", r.Binary)
-	}
-	if !d.succession.under.CompareAndSwap(false, true) {
-		return res, conflict("wait for it to end", "another upgrade is under way")
-	}
-	if !d.changing.TryLock() { // a mount that is being made
-		d.succession.under.Store(false)
-		return res, conflict("try again later", "something is being mounted or unmounted")
-	}
-	d.changing.Unlock()
-	res, err = d.succession.run(ctx, d, r)
-	if err != nil {
-		d.succession.under.Store(false)
-	}
-	return res, err
-}
-
-// run starts the successor and hands over to it.
-func (s *succession) run(ctx context.Context, d *Daemon, r UpgradeRequest) (res UpgradeResult, err error) {
-	began := time.Now()
-	failed := func(err error) error {
-		return newError(http.StatusBadGateway, CodeUpgrade, "this daemon serves on", "upgrade to %s after %v: %w", []any{r.Binary, time.Since(began).Round(time.Millisecond), err})
-	}
-	u := d.opt.Upgrade
-	times := handover.Timeouts{Prepare: cmp.Or(r.Timeout, DefaultUpgradeTimeout), Drain: d.opt.StopTimeout + drainGrace}
-	conn, err := start(ctx, handover.StartOptions{Path: r.Binary, Args: u.Args, Env: u.Environment, Dir: u.Run}, times)
-	if err != nil {
-		return res, failed(err)
-	}
-	p := &predecessor{d: d, changes: map[*object]int{}, pid: conn.PID()}
-	given, err := handover.Give(ctx, conn, Hello(d.opt.Release), p, times)
-	if !given.Taken {
-		err = errors.Join(err, conn.Close())
-		p.undo()
-		return res, failed(err)
-	}
-	// The connection's lock says that an upgrade is under way until this process has ended.
-	res = UpgradeResult{
-		PID: p.pid, From: d.opt.Release, To: given.Peer.Release, Prepare: p.committed.Sub(began), Pause: given.Pause, Left: p.left,
-	}
-	if err != nil {
-		d.log.Error("the successor did not live to take everything: the supervisor has to start the daemon anew", zap.Int("pid", res.PID), zap.Error(err))
-	}
-	d.log.Info("a successor has taken over", zap.Int("pid", res.PID), zap.String("release", res.To), zap.Duration("pause", res.Pause), zap.Int("left", res.Left))
-	return res, nil
-}
-
-// start starts a successor. This process's own predecessor may not have ended yet.
-func start(ctx context.Context, o handover.StartOptions, t handover.Timeouts) (*handover.Conn, error) {
-	ctx, cancel := context.WithTimeout(ctx, t.Drain)
-	defer cancel()
-	for {
-		conn, err := handover.Start(ctx, o, t)
-		var locked *handover.LockedError
-		if !errors.As(err, &locked) || sleep(ctx, lockInterval) != nil {
-			return conn, err
-		}
-	}
-}
-
-// lockInterval is the time between two looks whether the predecessor has ended.
-const lockInterval = 5 * time.Millisecond
-
-// drainGrace is for how much longer than its stop timeout a predecessor may take to end.
-const drainGrace = 5 * time.Second
-
-// Hello is what a process of a release says to the other side of a handover.
-func Hello(release string) handover.Hello {
-	return handover.Hello{Release: release, Understands: kinds, Needs: kinds}
-}
-
-// ownBinary is where this process's program was started from: what is there now, which a package manager may have replaced.
-func ownBinary() (string, error) {
-	path, err := os.Executable()
-	if err != nil {
-		return "", fmt.Errorf("find this program: %w", err)
-	}
-	return strings.TrimSuffix(path, " (deleted)"), nil
-}
-
 // A predecessor is the daemon as the giving side of a handover.
 type predecessor struct {
 	d       *Daemon
@@ -189,6 +23,8 @@ type predecessor struct {
 	handles map[heldKey]bool
 	left    int
 	pid     int // of the successor
+	socket  *os.File
+	given   chan struct{} // closed when nobody receives from Done any more
 
 	committed time.Time // when reading was stopped
 }
@@ -199,7 +35,7 @@ func (p *predecessor) Prepare() (list []handover.Record, err error) {
 	crash.Point("daemon.predecessor.before-prepare")
 	p.quieted = true
 	for _, m := range d.mounts.list() {
-		m.stopPrefetch()
+		m.prefetch.pause() // what one is fetching may take as long as its source likes
 	}
 	name, lifeline := d.engine.Lifeline()
 	add := func(kind string, body any, files ...handover.NamedFile) {
@@ -211,11 +47,12 @@ func (p *predecessor) Prepare() (list []handover.Record, err error) {
 	}
 	add(kindEngine, engineRecord{Name: d.engine.Name(), Root: d.opt.Root}, handover.NamedFile{Name: name, File: lifeline})
 	add(kindLock, nil, handover.NamedFile{Name: "lock", File: d.opt.Upgrade.Lock})
-	socket, err2 := d.succession.api.file()
+	var err2 error
+	p.socket, err2 = d.succession.api.file()
 	if err = errors.Join(err, err2); err != nil {
 		return nil, err
 	}
-	add(kindSocket, nil, handover.NamedFile{Name: socketName, File: socket})
+	add(kindSocket, nil, handover.NamedFile{Name: socketName, File: p.socket})
 	for _, m := range d.mounts.every() {
 		add(kindMount, m)
 	}
@@ -234,6 +71,7 @@ func (p *predecessor) Prepare() (list []handover.Record, err error) {
 	for i := 0; i < len(present); i += perRecord {
 		add(kindPresence, present[i:min(i+perRecord, len(present))])
 	}
+	runtime.GC() // not in the pause
 	return list, err
 }
 
@@ -257,6 +95,11 @@ func (p *predecessor) held(list []fscache.Held) (objects []objectRecord, files [
 func (p *predecessor) Commit() (list []handover.Record, err error) {
 	d := p.d
 	p.committed = time.Now()
+	defer func() {
+		if err != nil {
+			p.Resume()
+		}
+	}()
 	crash.Point("daemon.predecessor.before-freeze")
 	if err := d.pump.freeze(); err != nil {
 		return nil, err
@@ -316,10 +159,19 @@ func (p *predecessor) gone(now []fscache.Held) (list []objectRecord) {
 
 // Resume implements handover.Giver: the successor is dead and read nothing.
 func (p *predecessor) Resume() {
+	p.d.succession.forget()
 	crash.Point("daemon.predecessor.before-thaw")
 	if err := p.d.pump.thaw(); err != nil {
 		p.d.pump.end(err) // the supervisor starts another daemon
 	}
+}
+
+// close closes what was made for the successor.
+func (p *predecessor) close() error {
+	if p.socket == nil {
+		return nil
+	}
+	return p.socket.Close()
 }
 
 // undo takes back what an upgrade that failed had stopped.
@@ -349,7 +201,6 @@ func (p *predecessor) Done() <-chan handover.Record {
 			stopped <- d.pump.stop(d.opt.StopTimeout, func() { d.stop(errStopping) })
 		})
 		p.tell(out, stopped)
-		close(d.succession.done)
 	})
 	return out
 }
@@ -368,8 +219,19 @@ func (p *predecessor) part(out chan<- handover.Record) {
 		d.log.Error("hand over to the successor: the supervisor may not follow it", zap.Int("pid", p.pid), zap.Error(err))
 	}
 	crash.Point("daemon.predecessor.after-mainpid")
-	if r, err := newRecord(kindParted, nil); err == nil {
-		out <- r
+	p.send(out, kindParted, nil)
+}
+
+// send sends a record while somebody receives.
+func (p *predecessor) send(out chan<- handover.Record, kind string, body any) {
+	r, err := newRecord(kind, body)
+	if err != nil {
+		p.d.log.Error("tell the successor", zap.Error(err))
+		return
+	}
+	select {
+	case out <- r:
+	case <-p.given:
 	}
 }
 
@@ -402,9 +264,7 @@ func (p *predecessor) tell(out chan<- handover.Record, stopped <-chan error) {
 			ids = append(ids, <-s.finished)
 		}
 		if len(ids) > 0 {
-			if r, err := newRecord(kindFinished, ids); err == nil {
-				out <- r
-			}
+			p.send(out, kindFinished, ids)
 		}
 		if stopped == nil {
 			return
@@ -414,9 +274,9 @@ func (p *predecessor) tell(out chan<- handover.Record, stopped <-chan error) {
 
 // file is the API's listening socket, once more.
 func (s *server) file() (*os.File, error) {
-	u, ok := s.listener.(*net.UnixListener)
+	l, ok := s.listener.(interface{ File() (*os.File, error) }) // a *net.UnixListener
 	if !ok {
 		return nil, fmt.Errorf("the API's socket is a %T", s.listener)
 	}
-	return u.File()
+	return l.File()
 }

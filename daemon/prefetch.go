@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"sync"
+	"sync/atomic"
 
 	"go.uber.org/zap"
 	"golang.org/x/time/rate"
@@ -15,6 +16,50 @@ import (
 // prefetchStep is how much a prefetch asks for at a time, in bytes of the object: enough to hide a round trip, and not so
 // much that a reader that comes meanwhile waits for long behind it.
 const prefetchStep = 4 << 20
+
+// prefetching is a mount's prefetch, which an upgrade pauses: a goroutine at a time wants it, others may be at their last fetch.
+type prefetching struct {
+	running atomic.Int32 // goroutines
+	wg      sync.WaitGroup
+
+	mu     sync.Mutex
+	cancel context.CancelFunc // nil: it is not wanted
+	over   bool
+}
+
+// begin has run work until ctx ends, or pause or end is called. While it is wanted already, or after end, it does nothing.
+func (p *prefetching) begin(ctx context.Context, work func(context.Context)) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.over || p.cancel != nil {
+		return
+	}
+	ctx, p.cancel = context.WithCancel(ctx)
+	p.running.Add(1)
+	p.wg.Go(func() {
+		defer p.running.Add(-1)
+		work(ctx)
+	})
+}
+
+// pause ends it as soon as what it is fetching is there, and waits for nothing.
+func (p *prefetching) pause() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.cancel != nil {
+		p.cancel()
+		p.cancel = nil
+	}
+}
+
+// end ends it for good, and returns when it has ended.
+func (p *prefetching) end() {
+	p.pause()
+	p.mu.Lock()
+	p.over = true
+	p.mu.Unlock()
+	p.wg.Wait()
+}
 
 // A prefetch brings a mounted image in, in the image's own order, while no reader of the image waits for anything. It
 // takes none of the slots of readers, and what limits its bandwidth is waited for before anything is claimed, so that

@@ -26,12 +26,15 @@ type pump struct {
 	wake    chan struct{}        // room for one
 	quit    chan struct{}        // ends the watch
 
-	ending sync.Once // of stop
+	ending atomic.Bool   // stop was called
+	ended  chan struct{} // closed when it has returned
 
 	mu      sync.Mutex
+	round   int // counts freeze calls: a worker of an earlier one reads no more
 	serving map[*turn]struct{}
 	inNext  int       // workers in Engine.Next, or with what it returned not in serving yet
-	out     sync.Cond // inNext shrank
+	out     sync.Cond // inNext or, while the pump ramps up, serving shrank, or the ramp ended
+	ramp    time.Time // until then no more than rampWidth requests are served at a time
 }
 
 // patience is for how long a request may keep the turn to read, at the most twice.
@@ -40,9 +43,17 @@ const patience = time.Millisecond
 // watchIdle is for how many patiences the watch looks on when nothing is served, before it sleeps.
 const watchIdle = 64
 
+// A dead process may leave thousands of requests. Begun all together they would all be answered late; so for a moment the pump that finds them
+// serves only so many at a time. It is too short for one slow source to be felt by the readers of another (I10).
+const (
+	rampTime  = 50 * time.Millisecond
+	rampWidth = 32
+)
+
 // A turn to read comes with each request.
 type turn struct {
 	pump   *pump
+	round  int
 	since  time.Time // when the request was read
 	passed atomic.Bool
 }
@@ -51,14 +62,14 @@ type turn struct {
 func (t *turn) pass() {
 	if t != nil && t.passed.CompareAndSwap(false, true) {
 		t.pump.current.CompareAndSwap(t, nil)
-		t.pump.wg.Go(t.pump.work)
+		t.pump.wg.Go(func() { t.pump.work(t.round) })
 	}
 }
 
 func newPump(e fscache.Engine, serve func(fscache.Request, *turn)) *pump {
 	p := &pump{
 		engine: e, serve: serve, failed: make(chan error, 1), serving: map[*turn]struct{}{},
-		wake: make(chan struct{}, 1), quit: make(chan struct{}),
+		wake: make(chan struct{}, 1), quit: make(chan struct{}), ended: make(chan struct{}),
 	}
 	p.out.L = &p.mu
 	return p
@@ -66,17 +77,32 @@ func newPump(e fscache.Engine, serve func(fscache.Request, *turn)) *pump {
 
 // start begins to read requests; stop ends it.
 func (p *pump) start() {
-	p.wg.Go(p.work)
+	if len(p.engine.Pending()) > rampWidth {
+		p.ramp = time.Now().Add(rampTime)
+		p.wg.Go(p.rampUp)
+	}
+	p.read()
 	p.wg.Go(p.watch)
 }
 
-// freeze reads no more requests. When it returns, each that was read is known to the engine as pending.
+// read gives the turn to read to a worker.
+func (p *pump) read() {
+	p.mu.Lock()
+	round := p.round
+	p.mu.Unlock()
+	p.wg.Go(func() { p.work(round) })
+}
+
+// freeze reads no more requests. When it returns, each that was read is known to the engine as pending, and nobody has the turn to read:
+// also after an error thaw gives it to somebody.
 func (p *pump) freeze() error {
-	if err := p.engine.Freeze(); err != nil {
-		return fmt.Errorf("daemon: stop reading requests: %w", err)
-	}
+	err := p.engine.Freeze()
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	p.round++
+	if err != nil {
+		return fmt.Errorf("daemon: stop reading requests: %w", err)
+	}
 	for p.inNext > 0 {
 		p.out.Wait()
 	}
@@ -88,37 +114,38 @@ func (p *pump) thaw() error {
 	if err := p.engine.Thaw(); err != nil {
 		return fmt.Errorf("daemon: go on reading requests: %w", err)
 	}
-	p.wg.Go(p.work)
+	p.read()
 	return nil
 }
 
 // stop reads no more requests and returns when those that were read are answered. After the timeout it calls giveUp,
 // which must make them end, once. Whether or not start came, the second call only waits for the first.
 func (p *pump) stop(timeout time.Duration, giveUp func()) (err error) {
-	p.ending.Do(func() {
-		close(p.quit)
-		if err = p.engine.Freeze(); err != nil {
-			err = fmt.Errorf("daemon: stop reading requests: %w", err)
-			return
-		}
-		t := time.AfterFunc(timeout, giveUp)
-		defer t.Stop()
-		p.wg.Wait()
-	})
-	return err
+	if !p.ending.CompareAndSwap(false, true) {
+		<-p.ended
+		return nil
+	}
+	defer close(p.ended)
+	close(p.quit)
+	if err = p.engine.Freeze(); err != nil {
+		return fmt.Errorf("daemon: stop reading requests: %w", err)
+	}
+	t := time.AfterFunc(timeout, giveUp)
+	defer t.Stop()
+	p.wg.Wait()
+	return nil
 }
 
 // work reads and serves requests for as long as it has the turn.
-func (p *pump) work() {
-	for {
-		p.enter()
+func (p *pump) work(round int) {
+	for p.enter(round) {
 		r, err := p.engine.Next()
 		if err != nil {
 			p.leave(nil)
 			p.end(err)
 			return
 		}
-		t := &turn{pump: p, since: time.Now()}
+		t := &turn{pump: p, round: round, since: time.Now()}
 		p.leave(t)
 		p.begin(t)
 		p.serve(r, t)
@@ -129,10 +156,32 @@ func (p *pump) work() {
 	}
 }
 
-func (p *pump) enter() {
+// enter begins a call of Next; false: reading was frozen since the turn was given.
+func (p *pump) enter(round int) bool {
 	p.mu.Lock()
+	defer p.mu.Unlock()
+	for len(p.serving) >= rampWidth && time.Now().Before(p.ramp) {
+		p.out.Wait()
+	}
+	if round != p.round {
+		return false
+	}
 	p.inNext++
-	p.mu.Unlock()
+	return true
+}
+
+// rampUp ends the ramp.
+func (p *pump) rampUp() {
+	t := time.NewTimer(rampTime)
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-p.quit:
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.ramp = time.Time{}
+	p.out.Broadcast()
 }
 
 // leave ends a call of Next, which returned a request unless t is nil.
@@ -161,6 +210,9 @@ func (p *pump) done(t *turn) {
 	p.current.CompareAndSwap(t, nil)
 	p.mu.Lock()
 	delete(p.serving, t)
+	if !p.ramp.IsZero() {
+		p.out.Broadcast()
+	}
 	p.mu.Unlock()
 }
 

@@ -137,3 +137,30 @@ func TestReadAheadHoldsBackWhileReadersMissElsewhere(t *testing.T) {
 		wg.Wait()
 	})
 }
+
+func (q *queue) Thaw() error {
+	q.frozen = make(chan struct{})
+	return nil
+}
+
+func (q *queue) Pending() []fscache.Pending { return nil }
+
+func TestThawLeavesOneGoroutineReading(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		q, busy := newQueue(), make(chan struct{})
+		p := newPump(q, func(fscache.Request, *turn) { <-busy })
+		p.start()
+		q.requests <- fscache.Request{ID: 1} // whose goroutine has the turn still
+		if err := errors.Join(p.freeze(), p.thaw()); err != nil {
+			t.Fatal(err)
+		}
+		close(busy)
+		synctest.Wait()
+		if p.inNext != 1 {
+			t.Errorf("%d goroutines read", p.inNext)
+		}
+		if err := p.stop(time.Minute, func() {}); err != nil {
+			t.Error(err)
+		}
+	})
+}

@@ -15,15 +15,18 @@ import (
 // Until then, and should the recorder never come to it, the inbox has the request; the record is what is left if the inbox is damaged, and
 // what says how old a request is. It costs a request one load of an atomic.
 type recorder struct {
-	engine  fscache.Engine
-	session *state.Session
-	log     *zap.Logger
+	engine fscache.Engine
+	log    *zap.Logger
 
-	started atomic.Bool
-	asleep  atomic.Bool
-	wake    chan struct{} // room for one
-	quit    chan struct{}
-	wg      sync.WaitGroup
+	mu      sync.Mutex     // held while the record is made equal to what is in flight, by one look or by keep
+	session *state.Session // nil: nothing is recorded
+	seen    []sighting     // by the last look
+
+	asleep atomic.Bool
+	wake   chan struct{} // room for one
+	quit   chan struct{}
+	wg     sync.WaitGroup
+	ending sync.Once // of stop
 }
 
 // recordInterval is the time between two looks at what is in flight.
@@ -32,20 +35,42 @@ const recordInterval = 10 * time.Millisecond
 // quietTicks is how many looks that find nothing make the recorder sleep.
 const quietTicks = 20
 
-func newRecorder(e fscache.Engine, s *state.Session, log *zap.Logger) *recorder {
-	return &recorder{engine: e, session: s, log: log, wake: make(chan struct{}, 1), quit: make(chan struct{})}
+func newRecorder(e fscache.Engine, log *zap.Logger) *recorder {
+	return &recorder{engine: e, log: log, wake: make(chan struct{}, 1), quit: make(chan struct{})}
 }
 
-// start begins to record; stop ends it.
-func (r *recorder) start() {
-	r.started.Store(true)
-	r.wg.Go(r.run)
-}
+// start begins to record, after keep; stop ends it.
+func (r *recorder) start() { r.wg.Go(r.run) }
 
-// stop returns when nothing more is recorded. It comes once.
+// stop returns when nothing more is recorded. Whether or not start came, the second call changes nothing.
 func (r *recorder) stop() {
-	close(r.quit)
+	r.ending.Do(func() { close(r.quit) })
 	r.wg.Wait()
+}
+
+// keep puts all that is in flight on record in s, however young it is, and has later looks keep it there: what else has a record of it may
+// go then. What s had before is on record as since when.
+func (r *recorder) keep(s *state.Session) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	before, err := s.Pending()
+	if err != nil {
+		return err
+	}
+	since := make(map[fscache.Pending]time.Time, len(before))
+	for _, q := range before {
+		since[recorded(q)] = q.Since
+	}
+	now := time.Now()
+	r.session, r.seen = s, r.seen[:0]
+	for _, p := range r.engine.Pending() {
+		at, known := since[p]
+		if !known {
+			at = now
+		}
+		r.seen = append(r.seen, sighting{p, at})
+	}
+	return s.SetPending(records(r.seen))
 }
 
 // kick says that a request was read.
@@ -67,20 +92,13 @@ type sighting struct {
 func (r *recorder) run() {
 	tick := time.NewTicker(recordInterval)
 	defer tick.Stop()
-	// What a predecessor left is on record and nowhere else: it is old from the first look on.
-	now := time.Now()
-	var seen []sighting
-	for _, p := range r.engine.Pending() {
-		seen = append(seen, sighting{p, now})
-	}
 	for quiet := 0; ; {
 		select {
 		case <-tick.C:
 		case <-r.quit:
 			return
 		}
-		seen = r.look(seen)
-		if quiet++; len(seen) > 0 {
+		if quiet++; r.look() > 0 {
 			quiet = 0
 		}
 		if quiet < quietTicks {
@@ -95,14 +113,16 @@ func (r *recorder) run() {
 	}
 }
 
-// look records those requests in flight that were in seen, and returns all of them.
-func (r *recorder) look(seen []sighting) []sighting {
-	before := make(map[fscache.Pending]time.Time, len(seen))
-	for _, s := range seen {
+// look records those requests in flight that were seen before, and returns how many there are in all.
+func (r *recorder) look() int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	before := make(map[fscache.Pending]time.Time, len(r.seen))
+	for _, s := range r.seen {
 		before[s.Pending] = s.since
 	}
 	now := time.Now()
-	seen = seen[:0]
+	r.seen = r.seen[:0]
 	var old []sighting
 	for _, p := range r.engine.Pending() {
 		since, again := before[p]
@@ -111,12 +131,12 @@ func (r *recorder) look(seen []sighting) []sighting {
 		} else {
 			old = append(old, sighting{p, since})
 		}
-		seen = append(seen, sighting{p, since})
+		r.seen = append(r.seen, sighting{p, since})
 	}
 	if err := r.session.SetPending(records(old)); err != nil {
 		r.log.Error("record the requests in flight: the inbox alone has them", zap.Error(err))
 	}
-	return seen
+	return len(r.seen)
 }
 
 // sleep waits for a request; false: the recorder ends.

@@ -7,6 +7,9 @@ import (
 	"time"
 
 	"go.uber.org/zap"
+
+	"holdfast/state"
+	"holdfast/state/crash"
 )
 
 // A Remount says what becomes of mounts that are on record of an earlier boot.
@@ -65,25 +68,36 @@ func (d *Daemon) remount(ctx context.Context) {
 	}
 }
 
-// mountAgain mounts what was mounted before the host was started anew. What is cached of it is checked by digest (settle).
+// mountAgain mounts what was mounted before the host was started anew. What is cached of it is checked by digest (settle). A process that died
+// while it did the same may have begun a mount that is only made now: it is the same one.
 // ORDER: on record as of this boot before it is mounted, as in attach.
 func (d *Daemon) mountAgain(ctx context.Context, m *mount) error {
 	r := m.record
-	if err := d.admissible(MountRequest{Image: r.Ref, Dir: r.Dir}, r.Domain); err != nil {
+	if err := d.admissible(MountRequest{Image: r.Ref, Dir: r.Dir}, r.Domain); err != nil && !(r.Stage == state.StageAgain && d.seen(r.Dir)) {
 		return err
 	}
 	boot, err := d.load(ctx, m)
 	if err != nil {
 		return err
 	}
-	m.record.Boot, m.record.Created = d.boot, time.Now().UTC()
-	if err := d.state.UpdateMount(m.record); err != nil {
-		return d.back(m, err)
+	m.record.Boot, m.record.Created, m.record.Stage = d.boot, time.Now().UTC(), state.StageAgain
+	err = d.state.UpdateMount(m.record)
+	crash.Point("daemon.remount.before-mount")
+	if err == nil && !d.seen(r.Dir) {
+		err = mountFailed(d.engine.Mount(ctx, d.engineMount(m, boot)))
 	}
-	if err := d.engine.Mount(ctx, d.engineMount(m, boot)); err != nil {
-		return d.back(m, mountFailed(err))
+	crash.Point("daemon.remount.after-mount")
+	if err != nil && !d.seen(r.Dir) {
+		m.record = r
+		return d.back(m, errors.Join(err, d.state.UpdateMount(r)))
 	}
-	return nil
+	return d.stage(m, "")
+}
+
+// seen reports whether an image is mounted on dir.
+func (d *Daemon) seen(dir string) bool {
+	points, err := d.mountPoints()
+	return err == nil && points[dir] == fsType
 }
 
 // back undoes load.

@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"runtime"
 
 	"go.uber.org/zap"
 
@@ -32,69 +33,109 @@ type successor struct {
 	name    string        // of the engine
 	started chan struct{} // closed when this process reads the engine
 	parted  chan struct{} // closed when the predecessor has given up the databases, and the supervisor knows of this process
-	drained chan error    // why the predecessor ended; room for one
+
+	// What the handover came to, once ended is closed.
+	ended   chan struct{}
+	err     error
+	drained bool // the predecessor answers no more: else this process was told to end before
+
+	listen func(*os.File) (net.Listener, error) // net.FileListener
 }
 
-// errOrphaned means that the predecessor died before the supervisor knew of this process.
-var errOrphaned = errors.New("the predecessor died before the supervisor heard of its successor: ending, so that the supervisor starts a daemon that it knows")
+// What ends a successor that reads the engine, before it is the daemon.
+var (
+	errOrphaned = errors.New("the predecessor died before the supervisor heard of its successor: ending, so that the supervisor starts a daemon that it knows")
+	errUnwanted = errors.New("told to end before the predecessor had parted")
+)
 
 // Succeed takes the place of a running daemon, the predecessor at the other end of conn, which it closes, and then runs as Run does. a.Open
 // opens the engine the predecessor names; of o, what Attach fills in is filled in here. A failure before the predecessor has stopped leaves
 // that serving, and no trace.
 func Succeed(ctx context.Context, conn *handover.Conn, a Origin, o Options) (d *Daemon, err error) {
+	s, err := newSuccessor(a, o)
+	if err != nil {
+		return nil, errors.Join(err, conn.Close())
+	}
+	return s.run(ctx, func(ctx context.Context) error {
+		_, err := handover.Take(ctx, conn, Hello(o.Release), s, handover.Timeouts{})
+		return errors.Join(err, conn.Close())
+	})
+}
+
+func newSuccessor(a Origin, o Options) (*successor, error) {
 	boot, err := state.BootID()
 	if err != nil {
 		return nil, err
 	}
-	s := &successor{
-		opt: o, origin: a, boot: boot, given: map[fscache.Key]presenceRecord{},
-		started: make(chan struct{}), parted: make(chan struct{}), drained: make(chan error, 1),
-	}
-	s.holder = NewHolder(a.Supervisor, o.Log)
-	took := make(chan error, 1)
-	// It ends with the handover, whose times are bounded, and is waited for by follow or below.
+	return &successor{
+		opt: o, origin: a, boot: boot, given: map[fscache.Key]presenceRecord{}, holder: NewHolder(a.Supervisor, o.Log),
+		started: make(chan struct{}), parted: make(chan struct{}), ended: make(chan struct{}), listen: net.FileListener,
+	}, nil
+}
+
+// run is Succeed; take calls this Taker's methods, until ctx ends or there is nothing left to take.
+func (s *successor) run(ctx context.Context, take func(context.Context) error) (*Daemon, error) {
+	taking, cancel := context.WithCancel(ctx)
+	defer cancel()
+	// It ends with the handover, whose times are bounded, and is waited for by settle or below.
 	go func() {
-		_, err := handover.Take(ctx, conn, Hello(o.Release), s, handover.Timeouts{})
-		took <- errors.Join(err, conn.Close())
+		defer close(s.ended)
+		s.err = take(taking)
 	}()
 	select {
 	case <-s.started:
-	case err := <-took:
-		return nil, errors.Join(err, s.close())
+	case <-s.ended:
 	}
-	if err := s.follow(took); err != nil {
-		if s.d.opt.Session == nil {
+	if !isClosed(s.started) {
+		return nil, errors.Join(s.err, s.close())
+	}
+	d := s.d
+	defer context.AfterFunc(d.base, cancel)() // who ends the daemon need not wait for the predecessor
+	l, err := s.follow()
+	if err != nil {
+		// As if this process had died: who comes next recovers what it has in flight, and the predecessor's.
+		cancel()
+		<-s.ended
+		d.stop(errStopping)
+		if d.opt.Session == nil {
 			s.holder.abandon()
 		}
-		return nil, errors.Join(err, s.d.close())
+		return nil, errors.Join(err, d.close())
 	}
-	l, err := net.FileListener(s.socket)
-	if err = errors.Join(err, s.socket.Close()); err != nil {
-		return nil, errors.Join(fmt.Errorf("daemon: use the predecessor's API socket: %w", err), s.d.close())
-	}
-	return s.d, s.d.serveUntil(ctx, l)
+	d.background.Go(s.settle)
+	return d, d.serveUntil(ctx, l)
 }
 
-// follow opens the databases as soon as the predecessor has left them.
-func (s *successor) follow(took <-chan error) error {
+func isClosed(c <-chan struct{}) bool {
+	select {
+	case <-c:
+		return true
+	default:
+		return false
+	}
+}
+
+// follow opens the databases as soon as the predecessor has left them, and returns the API's socket.
+func (s *successor) follow() (net.Listener, error) {
 	select {
 	case <-s.parted:
-	case err := <-s.drained:
-		select {
-		case <-s.parted:
-		default:
-			return errors.Join(errOrphaned, err, <-took)
-		}
-		s.drained <- err
+	case <-s.ended:
+	}
+	switch {
+	case isClosed(s.parted):
+	case s.drained:
+		return nil, errors.Join(errOrphaned, s.err)
+	default:
+		return nil, errors.Join(errUnwanted, s.err)
 	}
 	crash.Point("daemon.successor.before-state")
 	d := s.d
 	if _, err := handover.AdoptLock(s.lock); err != nil {
-		return err
+		return nil, err
 	}
 	session, damaged, err := state.OpenSession(filepath.Join(s.origin.Run, sessionFile), s.boot, s.opt.Release)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	d.opt.Session = session
 	d.damaged = append(d.damaged, damaged...)
@@ -104,21 +145,32 @@ func (s *successor) follow(took <-chan error) error {
 	}
 	s.holder.Start(session)
 	if err := d.openState(); err != nil {
-		return err
+		return nil, err
 	}
-	d.recorder = newRecorder(d.engine, session, d.log)
+	// The predecessor's records stay until it has ended: what it has in flight is among what is kept.
+	if err := d.recorder.keep(session); err != nil {
+		return nil, err
+	}
 	d.recorder.start()
+	l, err := s.listen(s.socket)
+	if err = errors.Join(err, s.socket.Close()); err != nil {
+		return nil, fmt.Errorf("daemon: use the predecessor's API socket: %w", err)
+	}
 	crash.Point("daemon.successor.after-state")
-	d.background.Go(func() { s.settle(took) })
-	return nil
+	return l, nil
 }
 
 // settle takes over what the predecessor did not finish, once it has ended, and then looks for itself what is cached: the predecessor
 // writes no more.
-func (s *successor) settle(took <-chan error) {
+func (s *successor) settle() {
 	d := s.d
-	if err := errors.Join(<-s.drained, <-took); err != nil {
-		d.log.Error("the predecessor did not end well: what it had in flight is served here", zap.Error(err))
+	<-s.ended
+	if !s.drained {
+		d.log.Warn("ending before the predecessor has: what it has in flight is left to the next process", zap.Error(s.err))
+		return
+	}
+	if s.err != nil {
+		d.log.Error("the predecessor did not end well: what it had in flight is served here", zap.Error(s.err))
 	}
 	crash.Point("daemon.successor.before-record")
 	boxes, damaged, err := state.ReadInboxes(filepath.Join(s.origin.Run, inboxDir), s.boot, s.name)
@@ -126,7 +178,7 @@ func (s *successor) settle(took <-chan error) {
 		d.log.Error("what the predecessor left was damaged", zap.String("what", what))
 	}
 	if err == nil {
-		err = keepRecord(d.engine, d.opt.Session, boxes)
+		err = keepRecord(d.recorder, d.opt.Session, boxes)
 	}
 	if err != nil {
 		d.log.Error("put what the predecessor left on record", zap.Error(err))
@@ -204,6 +256,7 @@ func (s *successor) Prepare(list []handover.Record) error {
 	}
 	s.d.given = nil // what is mounted from here on is settled like any other
 	s.d.tune()
+	runtime.GC() // not in the pause
 	crash.Point("daemon.successor.after-prepare")
 	return nil
 }
@@ -360,8 +413,8 @@ func (s *successor) Done(r handover.Record) {
 	}
 }
 
-// Drained implements handover.Taker.
-func (s *successor) Drained(err error) { s.drained <- err }
+// Drained implements handover.Taker. The error is take's too.
+func (s *successor) Drained(error) { s.drained = true }
 
 // takeOver makes a mount of the predecessor's ready to be served.
 func (d *Daemon) takeOver(ctx context.Context, r mountRecord) error {

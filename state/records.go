@@ -18,7 +18,17 @@ type Mount struct {
 	PrefetchBPS int64     `json:"prefetch_bps"` // bytes a second; 0: not limited
 	Boot        string    `json:"boot"`         // boot id: no mount outlives its boot
 	Created     time.Time `json:"created"`
+	Stage       Stage     `json:"stage,omitempty"`
 }
+
+// A Stage says how far a mount is that is not simply mounted.
+type Stage string
+
+// Stages.
+const (
+	StageAgain  Stage = "again"  // was mounted in an earlier boot, and is being mounted in this one: if it is not there, it never was
+	StageLinger Stage = "linger" // was unmounted, and is still used in another mount namespace
+)
 
 // An Image is a saved image on record.
 type Image struct {

@@ -39,7 +39,8 @@ var measurements = []struct {
 	{"miss", missChunk},
 	{"miss4k", missPage},
 	{"memory", residentMemory},
-	{"recovery", recovery},
+	{"recovery", recovery(1000, 150)},
+	{"recovery10k", recovery(10000, 1000)},
 	{"upgrade", upgrading},
 }
 

@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -150,28 +151,30 @@ func TestConcurrentReadersOfASlowRegistryFetchEachChunkOnce(t *testing.T) {
 }
 
 func TestSlowImageDoesNotDelayAnother(t *testing.T) {
-	h := newHost(t)
-	_, slow, m := counted(t, h, link.Config{RTT: 2 * time.Second, Rate: 1 << 20}, 2)
-	tarball := filepath.Join(h.Dir, "small.tar")
+	f := newFaulty(t, 2)
+	tarball := filepath.Join(f.Dir, "small.tar")
 	randomTree(1).writeTar(t, tarball)
-	fast := "oci:" + filepath.Join(h.Dir, "image") + ":small"
-	h.must("convert", "tar:"+tarball, fast)
-	slowDir, fastDir := h.mount(slow, "--prefetch=off"), h.mount(fast, "--prefetch=off")
+	fast := "oci:" + filepath.Join(f.Dir, "image") + ":small"
+	f.must("convert", "tar:"+tarball, fast)
+	slowDir, fastDir := f.mount(f.image, "--prefetch=off"), f.mount(fast, "--prefetch=off")
 
-	slowDone := make(chan error, 1)
-	go func() { // ends when the slow file is read; waited for below
-		got, err := readFile(filepath.Join(slowDir, "f0"))
-		if err == nil && !bytes.Equal(got, m["f0"].content) {
-			t.Error("the slow image's bytes are wrong")
+	release := make(chan struct{})
+	f.fail("/blobs/", func(w http.ResponseWriter, r *http.Request, next http.Handler) {
+		select {
+		case <-release:
+			next.ServeHTTP(w, r)
+		case <-r.Context().Done():
 		}
-		slowDone <- err
-	}()
+	})
+	const name = "f0"
+	slowDone := make(chan error, 1)
+	go func() { slowDone <- f.read(slowDir, name) }() // ends when the slow file is read; waited for below
+	f.until("the slow image's source is asked", func() bool { return f.met.Load() > 0 })
 	randomTree(1).compare(t, fastDir)
-	select {
-	case err := <-slowDone:
-		t.Errorf("the slow reader (2 s away) was done before the fast image was read (%v): the test shows nothing", err)
-	default:
+	if len(slowDone) > 0 {
+		t.Error("the slow reader was done before its source answered")
 	}
+	close(release)
 	if err := <-slowDone; err != nil {
 		t.Error(err)
 	}
