@@ -198,7 +198,9 @@ func (e *Engine) adopt(obj *object, eventFD int) {
 // adoptAgain does what adopt could not when the object's event came, for want of a descriptor: whoever serves the event tries again to
 // write.
 func (e *Engine) adoptAgain(obj *object) {
-	obj.changing.Lock()
+	if !obj.changing.TryLock() {
+		return // the next try comes when it is free
+	}
 	defer obj.changing.Unlock()
 	if obj.gone.Load() || obj.quiet.Load() != nil {
 		return
