@@ -9,7 +9,6 @@ import (
 	"go.uber.org/zap"
 
 	"holdfast/state"
-	"holdfast/state/crash"
 )
 
 // A Remount says what becomes of mounts that are on record of an earlier boot.
@@ -82,11 +81,9 @@ func (d *Daemon) mountAgain(ctx context.Context, m *mount) error {
 	}
 	m.record.Boot, m.record.Created, m.record.Stage = d.boot, time.Now().UTC(), state.StageAgain
 	err = d.state.UpdateMount(m.record)
-	crash.Point("daemon.remount.before-mount")
 	if err == nil && !d.seen(r.Dir) {
 		err = mountFailed(d.engine.Mount(ctx, d.engineMount(m, boot)))
 	}
-	crash.Point("daemon.remount.after-mount")
 	if err != nil && !d.seen(r.Dir) {
 		m.record = r
 		return d.back(m, errors.Join(err, d.state.UpdateMount(r)))

@@ -150,8 +150,6 @@ type lifeEngine struct {
 	*simkernel.Engine
 	l        *life
 	lifeline *os.File
-
-	mounts map[string]bool
 }
 
 func (e *lifeEngine) Lifeline() (string, *os.File) { return simkernel.Name, e.lifeline }

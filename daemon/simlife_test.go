@@ -292,7 +292,7 @@ func (l *life) open(_ string, in fscache.Inherited, inbox fscache.Inbox, h fscac
 		return nil, err
 	}
 	l.gate.Lock()
-	l.engine = &lifeEngine{Engine: e, l: l, mounts: map[string]bool{}}
+	l.engine = &lifeEngine{Engine: e, l: l}
 	dead := l.dead
 	l.gate.Unlock()
 	if dead {
