@@ -139,7 +139,10 @@ func (t *mounts) takeLingering() []*mount {
 
 // close ends the prefetches and closes the images; what is mounted stays mounted. Nothing may be mounting.
 func (t *mounts) close() (err error) {
-	for _, m := range append(t.list(), t.lingering...) {
+	t.mu.Lock()
+	lingering := slices.Clone(t.lingering)
+	t.mu.Unlock()
+	for _, m := range append(t.list(), lingering...) {
 		m.prefetch.end()
 		if m.image != nil {
 			err = errors.Join(err, m.image.Close())

@@ -41,7 +41,12 @@ func TakeLock(path string) (*Lock, error) {
 }
 
 func lockFile(f *os.File) error {
-	err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+	raw, err := f.SyscallConn()
+	if err != nil {
+		return fmt.Errorf("lock %s: %w", f.Name(), err)
+	}
+	ctlErr := raw.Control(func(fd uintptr) { err = unix.Flock(int(fd), unix.LOCK_EX|unix.LOCK_NB) })
+	err = errors.Join(ctlErr, err)
 	if errors.Is(err, unix.EWOULDBLOCK) {
 		text, err := io.ReadAll(io.LimitReader(f, 32))
 		if err != nil {
