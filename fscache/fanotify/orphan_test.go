@@ -466,3 +466,31 @@ func TestMessageOfAnObjectThatIsGoneDoesNotDenyAnother(t *testing.T) {
 		t.Errorf("the reader got %v", err)
 	}
 }
+
+// A process may die with an event of a file that nobody wrote down, when no object has holes any more; and so may the next, before it has
+// answered. Nothing but the list of what is pending says then that there is an event.
+func TestEventOfNobodyKnowsWhatIsPendingUntilItIsAnswered(t *testing.T) {
+	a := blobOf("a", 4)
+	p := begin(t, a)
+	done := p.read(a.Key, 0)
+	r := p.next()
+	p.fill(fscache.Request{Op: fscache.OpRead, Object: a.Key, Off: 0, Len: a.Size, ID: r.ID})
+	left := p.end()
+	unidentify(left.Messages[0])
+	p.open(left, a)
+	if err := p.e.Complete(a.Key); err != nil {
+		t.Fatal(err)
+	}
+	list := p.e.Pending()
+	if len(list) != 1 || list[0].ID != r.ID {
+		t.Fatalf("pending %+v, want event %d", list, r.ID)
+	}
+	left = p.end()
+	left.Messages, left.Pending = nil, list
+	p.open(left, a)
+	again := p.next()
+	p.answer(again, fscache.OK)
+	if err := await(t, done); err != nil {
+		t.Errorf("the reader got %v", err)
+	}
+}

@@ -26,7 +26,10 @@ func (e *Engine) Pending() []fscache.Pending {
 	for _, o := range e.orphans {
 		reads := o.reads
 		if o.done == nil {
-			reads, _ = e.candidates(o)
+			var wrong string
+			if reads, wrong = e.candidates(o); wrong == "" && len(reads) == 0 {
+				reads = e.anything(o)
+			}
 		}
 		// All of them, also those that were answered: the event is not, and no answer but the worst will do for it.
 		for _, r := range reads {
@@ -34,6 +37,15 @@ func (e *Engine) Pending() []fscache.Pending {
 		}
 	}
 	return list
+}
+
+// anything stands for an orphan whose bytes are all there, whatever it is: a read of any object will do for it to be on record until it is answered,
+// and be allowed by a successor that finds the record. mu is held.
+func (e *Engine) anything(o *orphan) []fscache.Request {
+	for _, obj := range e.objects {
+		return []fscache.Request{{Op: fscache.OpRead, Object: obj.key, Off: 0, Len: fscache.BlockSize, ID: uint64(o.number)}}
+	}
+	return nil
 }
 
 // Holding implements fscache.Successor. Of a complete object a successor opens the file itself.
