@@ -155,6 +155,17 @@ func stopFlow(r *rig, f *flight) error {
 	})
 }
 
+// spared reports whether nobody was killed beyond the given number of kills. Who talks to a daemon may hear of its death before the one who killed it
+// has counted that.
+func (r *rig) spared(kills int) bool {
+	for deadline := time.Now().Add(2 * time.Second); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
+		if r.kills() != kills {
+			return false
+		}
+	}
+	return true
+}
+
 func upgradeFlow(r *rig, f *flight) error {
 	if _, err := underway(r); err != nil {
 		return err
@@ -166,7 +177,7 @@ func upgradeFlow(r *rig, f *flight) error {
 			f.stay, f.stop = 0, time.Time{}
 			return nil
 		}
-		if err != nil && r.kills() == kills {
+		if err != nil && r.spared(kills) {
 			return fmt.Errorf("upgrade without a kill: %w", err)
 		}
 		return r.settled()

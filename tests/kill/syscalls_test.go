@@ -38,7 +38,7 @@ func script(r *rig) error {
 		return err
 	}
 	kills := r.kills()
-	if _, err := r.optional(r.bin, "upgrade"); err != nil && r.kills() == kills {
+	if _, err := r.optional(r.bin, "upgrade"); err != nil && r.spared(kills) {
 		return fmt.Errorf("upgrade without a kill: %w", err)
 	}
 	if err := r.stopLoads(); err != nil {
