@@ -439,7 +439,8 @@ func (e *Engine) Freeze() error {
 }
 
 // Close implements fscache.Engine. If nobody else holds the device, the cache dies: what waits gets EIO, and so does
-// every later read of every mount (I4).
+// every later read of every mount (I4). It does not wait for answers that others are giving: until they have returned the device is
+// in use.
 //
 // ORDER: objects before the device: the other way round, old kernels wait for us for ever.
 func (e *Engine) Close() error {

@@ -102,7 +102,12 @@ func openWith(t testing.TB, c Config) *Engine {
 	if c.Log == nil {
 		c.Log = zaptest.NewLogger(t)
 	}
-	e, err := Open(c)
+	var e *Engine
+	var err error
+	soon(t, "the device is free: of an engine that was closed, the last answer has returned", func() bool {
+		e, err = Open(c)
+		return !errors.Is(err, unix.EBUSY)
+	})
 	if err != nil {
 		t.Fatal(err)
 	}

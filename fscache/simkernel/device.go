@@ -234,7 +234,7 @@ func (d *device) send(r *request) {
 	closed := r.op != fscache.OpOpen && r.object.state != objectOpen
 	switch {
 	case d.dead && d.restores:
-		r.finish(errGone)
+		r.finish(errRead)
 		return
 	case d.dead:
 		r.finish(errRead)

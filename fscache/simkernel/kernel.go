@@ -291,9 +291,6 @@ func (k *Kernel) used(key fscache.Key) bool {
 // errRead is what a reader gets whatever the errno of the answer was: fs/erofs/fileio.c, fs/erofs/fscache.c.
 var errRead = fmt.Errorf("simulated read: %w", syscall.EIO)
 
-// errGone is what a reader gets of a cache that is dead (netfs/fscache_io.c, fscache_begin_operation); in 6.1 it is EIO.
-var errGone = fmt.Errorf("simulated read: %w", syscall.ENOBUFS)
-
 // errnoOf is the error an answer ends a wait with.
 func errnoOf(e fscache.Errno) error {
 	if e == fscache.OK {
