@@ -33,7 +33,8 @@ var passed struct {
 // anything starts a process, and before OpenStore.
 //
 // The descriptors are moved to numbers from MovedBase on, or from half of RLIMIT_NOFILE on where that is less. Low numbers are then free for
-// an engine to occupy that has to answer for a dead process's numbers, and what is closed later was never one of them.
+// an engine to occupy that has to answer for a dead process's numbers, and what is closed later was never one of them. If RLIMIT_NOFILE
+// leaves no room for all of them there, the last ones keep their numbers.
 //
 // The environment is refused with an error, and nothing closed, if it does not match what is there, or if two descriptors have one
 // name: whoever guessed which to use might let go of the one that mounts depend on. It holds for all names: each is pushed once, and
@@ -68,25 +69,31 @@ func Inherited() (map[string]*os.File, error) {
 	return files, nil
 }
 
-// moveUp returns copies of the inherited descriptors, in their order, and closes the descriptors; or, with an error, neither.
+// moveUp moves the inherited descriptors and returns their numbers, in their order. One after the other: there need not be room for all of them
+// twice. Those for which there is none above stay where they are. If one is not there, none is touched.
 func moveUp(names []string) (moved []int, err error) {
 	base, err := Base()
 	if err != nil {
 		return nil, err
 	}
 	for i, name := range names {
-		fd, err := unix.FcntlInt(uintptr(firstInherited+i), unix.F_DUPFD_CLOEXEC, base)
-		if err != nil {
-			closeAll(moved)
-			if errors.Is(err, unix.EMFILE) {
-				err = fmt.Errorf("%w (raise LimitNOFILE=, or ulimit -n, well above %d)", err, base+len(names))
-			}
+		if _, err := unix.FcntlInt(uintptr(firstInherited+i), unix.F_GETFD, 0); err != nil {
 			return nil, fmt.Errorf("descriptor %d (%q): %w", firstInherited+i, name, err)
 		}
-		moved = append(moved, fd)
 	}
-	for i := range names {
-		_ = unix.Close(firstInherited + i) // its copy is open: nothing is lost
+	for i, name := range names {
+		from := firstInherited + i
+		to, err := unix.FcntlInt(uintptr(from), unix.F_DUPFD_CLOEXEC, base)
+		switch {
+		case errors.Is(err, unix.EMFILE):
+			unix.CloseOnExec(from)
+			to = from
+		case err != nil:
+			return nil, fmt.Errorf("descriptor %d (%q): %w", from, name, err)
+		default:
+			_ = unix.Close(from) // its copy is open: nothing is lost
+		}
+		moved = append(moved, to)
 	}
 	return moved, nil
 }
