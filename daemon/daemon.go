@@ -34,6 +34,7 @@ type Daemon struct {
 	objects  *objects
 	sources  *sourceTable
 	mounts   *mounts
+	shelf    shelf
 	pump     *pump
 	recorder *recorder
 	saving   sync.Mutex // one image is saved at a time: two may be the same
@@ -95,6 +96,7 @@ func newDaemon(o Options) (*Daemon, error) {
 		},
 		mountPoints: mountPoints, source: func(s source.Source) source.Source { return s },
 		objects: newObjects(), sources: &sourceTable{byName: map[string]*sourceStats{}}, mounts: newMounts(),
+		shelf: shelf{load: map[string]func() (loaded, error){}},
 	}
 	d.base, d.stop = context.WithCancelCause(context.Background())
 	d.pump = newPump(o.Engine, d.serve)

@@ -4,10 +4,12 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"path/filepath"
 	"runtime"
 	"strings"
+	"sync"
 
 	"go.uber.org/zap"
 	"golang.org/x/sync/errgroup"
@@ -174,15 +176,10 @@ func (d *Daemon) abandon(ctx context.Context, m *mount) error {
 	what := fmt.Sprintf("image %s on %s was mounted under a descriptor that nobody holds any more: it cannot be read, and is unmounted; "+
 		"end what uses it and mount it again", m.record.Ref, m.record.Dir)
 	lost := fscache.Mount{Dir: m.record.Dir}
-	dir, err := d.imageDir(m.record.Image)
-	if err == nil {
-		m.image, err = image.Load(dir, m.record.Ref, d.opt.Image)
-	}
-	if err != nil {
+	if l, err := d.loaded(m.record.Image); err != nil {
 		what += "; its image cannot be loaded: " + err.Error()
 	} else {
-		defer m.image.Close()
-		for _, b := range m.image.Blobs {
+		for _, b := range l.image.Blobs {
 			lost.Blobs = append(lost.Blobs, fscache.Object{Key: fscache.Key{Domain: m.record.Domain, ID: b.Info.ID}, Size: int64(b.Table.Size())})
 		}
 	}
@@ -220,26 +217,65 @@ func (d *Daemon) stage(m *mount, s state.Stage) error {
 // fsType is what every mount of holdfast's is.
 const fsType = "erofs"
 
+// A shelf has the images that were loaded since the daemon began: one that is mounted many times is read and checked once. It is emptied when
+// the mounts on record have been taken up.
+type shelf struct {
+	mu   sync.Mutex
+	load map[string]func() (loaded, error) // by digest
+}
+
+// A loaded image is as it was saved.
+type loaded struct {
+	image *image.Image
+	boot  *bootstrap
+}
+
+// loaded loads an image, or finds it on the shelf.
+func (d *Daemon) loaded(digest string) (loaded, error) {
+	d.shelf.mu.Lock()
+	load := d.shelf.load[digest]
+	if load == nil {
+		load = sync.OnceValues(func() (l loaded, err error) {
+			dir, err := d.imageDir(digest)
+			if err != nil {
+				return l, err
+			}
+			if l.image, err = image.Load(dir, d.opt.Image); err != nil {
+				return l, err
+			}
+			l.boot, err = d.bootstrapOf(dir, l.image)
+			return l, errors.Join(err, l.image.Close()) // nobody reads its blobs through it
+		})
+		d.shelf.load[digest] = load
+	}
+	d.shelf.mu.Unlock()
+	return load()
+}
+
+// clear empties the shelf.
+func (s *shelf) clear() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	clear(s.load)
+}
+
 // load loads a mounted image from where it was saved and makes its objects ready.
 func (d *Daemon) load(ctx context.Context, m *mount) (*bootstrap, error) {
-	dir, err := d.imageDir(m.record.Image)
+	l, err := d.loaded(m.record.Image)
 	if err != nil {
 		return nil, err
 	}
-	if m.image, err = image.Load(dir, m.record.Ref, d.opt.Image); err != nil {
+	if m.image, err = l.image.At(m.record.Ref, d.opt.Image); err != nil {
 		return nil, err
 	}
-	boot, err := d.bootstrapOf(dir, m.image)
-	if err == nil && boot.sum != m.record.Bootstrap {
-		err = fmt.Errorf("bootstrap %s is not the one that was mounted: its SHA-256 is %s, on record is %s: unmount the image and mount it again", boot.path, boot.sum, m.record.Bootstrap)
+	if l.boot.sum != m.record.Bootstrap {
+		return nil, d.back(m, fmt.Errorf("bootstrap %s is not the one that was mounted: its SHA-256 is %s, on record is %s: unmount the image and mount it again",
+			l.boot.path, l.boot.sum, m.record.Bootstrap))
 	}
-	if err != nil {
+	if err := d.holdAll(ctx, m, l.boot); err != nil {
 		return nil, d.back(m, err)
 	}
-	if err := d.holdAll(ctx, m, boot); err != nil {
-		return nil, d.back(m, err)
-	}
-	return boot, nil
+	return l.boot, nil
 }
 
 // images describes the images on record.

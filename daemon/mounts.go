@@ -250,6 +250,7 @@ func (d *Daemon) holdAll(ctx context.Context, m *mount, boot *bootstrap) (err er
 		}
 		var h *hold
 		if h, err = d.hold(ctx, fscache.Key{Domain: m.record.Domain, ID: b.Info.ID}, b.Table, d.source(b.Source), &m.gate); err == nil {
+			b.Table = h.o.table // which says the same
 			m.blobs = append(m.blobs, h)
 		}
 	}

@@ -118,7 +118,7 @@ func saved(root string, m daemon.MountInfo) (*target, error) {
 	if err != nil {
 		return nil, err
 	}
-	img, err := image.Load(dir, "", image.Options{})
+	img, err := image.Load(dir, image.Options{})
 	if err != nil {
 		return nil, fmt.Errorf("find out what %s must hold: %w", m.Dir, err)
 	}

@@ -200,7 +200,7 @@ func TestSavedBlobsMustBeTheBootstraps(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if again, err := Load(dir, "", Options{}); err == nil {
+		if again, err := Load(dir, Options{}); err == nil {
 			again.Close()
 			t.Errorf("%s: loaded", name)
 		}

@@ -68,7 +68,7 @@ func FuzzLoad(f *testing.F) {
 		if err := os.WriteFile(filepath.Join(dir, savedIndex), p, 0o600); err != nil {
 			t.Fatal(err)
 		}
-		img, err := Load(dir, "", Options{})
+		img, err := Load(dir, Options{})
 		if err == nil {
 			img.Close()
 			t.Error("an empty bootstrap was loaded")

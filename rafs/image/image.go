@@ -25,7 +25,7 @@ import (
 // openers is how many blobs' chunk information is fetched at once.
 const openers = 8
 
-// An Image is an opened image. Its fields must not be changed but for Bootstrap; sources may be read from any goroutine.
+// An Image is an opened image. Its fields must not be changed but for Bootstrap, and a blob's Table for one that says the same; sources may be read from any goroutine.
 type Image struct {
 	Ref       string  // with absolute paths
 	Digest    string  // "sha256:<hex>" of the image's manifest, or of the bootstrap file of a rafs reference

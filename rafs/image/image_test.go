@@ -169,7 +169,7 @@ func TestLoadedImageIsTheSavedOneWithoutNetwork(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	again, err := Load(dir, "", Options{})
+	again, err := Load(dir, Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -178,7 +178,7 @@ func TestLoadedImageIsTheSavedOneWithoutNetwork(t *testing.T) {
 		t.Errorf("while the registry is up: %d bytes, %v", len(got), err)
 	}
 	stop()
-	offline, err := Load(dir, "", Options{})
+	offline, err := Load(dir, Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -237,7 +237,7 @@ func TestSaveReplacesWhatWasThere(t *testing.T) {
 		if err := img.Save(dir); err != nil {
 			t.Fatal(err)
 		}
-		got, err := Load(dir, "", Options{})
+		got, err := Load(dir, Options{})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -262,7 +262,7 @@ func TestDamagedSavedImageIsNamed(t *testing.T) {
 			t.Fatal(err)
 		}
 		flip(t, filepath.Join(dir, file), 2)
-		_, err := Load(dir, "", Options{})
+		_, err := Load(dir, Options{})
 		contains(t, err, file, dir)
 		if !errors.Is(err, ErrFormat) || !source.IsPermanent(err) {
 			t.Errorf("%s: %v", file, err)
@@ -270,7 +270,7 @@ func TestDamagedSavedImageIsNamed(t *testing.T) {
 		if err := os.Remove(filepath.Join(dir, file)); err != nil {
 			t.Fatal(err)
 		}
-		_, err = Load(dir, "", Options{})
+		_, err = Load(dir, Options{})
 		contains(t, err, file)
 	}
 }
@@ -285,7 +285,7 @@ func TestSavedImageOfANewerReleaseIsRefused(t *testing.T) {
 	readJSON(t, filepath.Join(dir, savedIndex), &s)
 	s.Version++
 	writeJSON(t, filepath.Join(dir, savedIndex), s)
-	_, err := Load(dir, "", Options{})
+	_, err := Load(dir, Options{})
 	contains(t, err, "version 2", "release")
 }
 

@@ -1,7 +1,6 @@
 package image
 
 import (
-	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -140,11 +139,10 @@ func syncFile(path string) error {
 	return errors.Join(f.Sync(), f.Close())
 }
 
-// Load opens an image that [Image.Save] wrote to dir, with its blobs where ref says; "": where it was opened from when it was saved.
-// Two mounts of one image may have it from two places, and what one of them was given is not for the other (I8). Nothing but dir is read: registries and blob files are opened when a
-// source is first read. Errors name the file, and wrap [ErrFormat] if its content is not what Save wrote: delete the directory
+// Load opens an image that [Image.Save] wrote to dir, with its blobs where it was opened from when it was saved; see [Image.At]. Nothing but
+// dir is read: registries and blob files are opened when a source is first read. Errors name the file, and wrap [ErrFormat] if its content is not what Save wrote: delete the directory
 // and open the image anew.
-func Load(dir, ref string, o Options) (*Image, error) {
+func Load(dir string, o Options) (*Image, error) {
 	b, err := readFile(filepath.Join(dir, savedIndex), maxSavedIndex)
 	if err != nil {
 		return nil, fmt.Errorf("load image: %w", err)
@@ -156,7 +154,7 @@ func Load(dir, ref string, o Options) (*Image, error) {
 	if s.Version != savedVersion {
 		return nil, fmt.Errorf("load image: %w", bad("%s has version %d, this release knows %d: run the release that wrote it, or delete %s and mount the image anew", filepath.Join(dir, savedIndex), s.Version, savedVersion, dir))
 	}
-	r, err := ParseReference(cmp.Or(ref, s.Ref))
+	r, err := ParseReference(s.Ref)
 	if err != nil {
 		return nil, fmt.Errorf("load image from %s: %w", dir, err)
 	}
@@ -166,6 +164,23 @@ func Load(dir, ref string, o Options) (*Image, error) {
 		return nil, fmt.Errorf("load image %s from %s: %w", s.Ref, dir, err)
 	}
 	return img, nil
+}
+
+// At returns the same image with its blobs where ref says. It shares all but the sources with i, and reads nothing. Two mounts of one image
+// may have it from two places, and what one of them was given is not for the other (I8).
+func (i *Image) At(ref string, o Options) (*Image, error) {
+	r, err := ParseReference(ref)
+	if err != nil {
+		return nil, err
+	}
+	at := *i
+	at.Ref, at.store, at.Blobs = r.String(), openStore(r, o), make([]*Blob, len(i.Blobs))
+	for n, b := range i.Blobs {
+		moved := *b
+		moved.Source = at.store.Blob(b.Info.ID, b.Source.Size())
+		at.Blobs[n] = &moved
+	}
+	return &at, nil
 }
 
 func (i *Image) load(dir string, s saved) error {
