@@ -153,6 +153,13 @@ func (h *Holder) Drop(x fscache.Held) {
 	}
 }
 
+// nameOf is the name of what is held, "" if it is not.
+func (h *Holder) nameOf(k heldKey) string {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.names[k]
+}
+
 // byKey lists the names of what is held.
 func (h *Holder) byKey() map[heldKey]string {
 	h.mu.Lock()

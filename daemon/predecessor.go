@@ -20,7 +20,9 @@ type predecessor struct {
 	d       *Daemon
 	quieted bool            // the prefetches were stopped
 	changes map[*object]int // when the presence of each object was last told
-	handles map[heldKey]bool
+	handles map[heldKey]int // of what is held, as the successor was told: when it was last seen
+	looks   int             // at what is held
+	busy    func()          // collects garbage again; nil: nothing stopped that
 	left    int
 	pid     int // of the successor
 	socket  *os.File
@@ -30,7 +32,7 @@ type predecessor struct {
 }
 
 // Prepare implements handover.Giver: everything that can be told while requests go on being served.
-func (p *predecessor) Prepare() (list []handover.Record, err error) {
+func (p *predecessor) Prepare() (_ []handover.Record, err error) {
 	d := p.d
 	crash.Point("daemon.predecessor.before-prepare")
 	p.quieted = true
@@ -38,61 +40,88 @@ func (p *predecessor) Prepare() (list []handover.Record, err error) {
 		m.prefetch.pause() // what one is fetching may take as long as its source likes
 	}
 	name, lifeline := d.engine.Lifeline()
-	add := func(kind string, body any, files ...handover.NamedFile) {
-		if err == nil {
-			var r handover.Record
-			r, err = newRecord(kind, body, files...)
-			list = append(list, r)
-		}
-	}
-	add(kindEngine, engineRecord{Name: d.engine.Name(), Root: d.opt.Root}, handover.NamedFile{Name: name, File: lifeline})
-	add(kindLock, nil, handover.NamedFile{Name: "lock", File: d.opt.Upgrade.Lock})
-	var err2 error
-	p.socket, err2 = d.succession.api.file()
-	if err = errors.Join(err, err2); err != nil {
+	var told telling
+	told.add(kindEngine, engineRecord{Name: d.engine.Name(), Root: d.opt.Root}, handover.NamedFile{Name: name, File: lifeline})
+	told.add(kindLock, nil, handover.NamedFile{Name: "lock", File: d.opt.Upgrade.Lock})
+	if p.socket, err = d.succession.api.file(); err != nil {
 		return nil, err
 	}
-	add(kindSocket, nil, handover.NamedFile{Name: socketName, File: p.socket})
+	told.add(kindSocket, nil, handover.NamedFile{Name: socketName, File: p.socket})
 	for _, m := range d.mounts.every() {
-		add(kindMount, m)
+		told.add(kindMount, m)
 	}
-	p.handles = map[heldKey]bool{}
-	objects, files := p.held(d.engine.Holding())
+	p.handles = map[heldKey]int{}
+	p.tellChanges(&told)
+	runtime.GC() // not in the pause
+	return told.list, told.err
+}
+
+// A telling collects records.
+type telling struct {
+	list []handover.Record
+	err  error // the first: nothing is added after it
+}
+
+func (t *telling) add(kind string, body any, files ...handover.NamedFile) {
+	if t.err != nil {
+		return
+	}
+	r, err := newRecord(kind, body, files...)
+	t.list, t.err = append(t.list, r), err
+}
+
+// tellChanges tells which objects were opened or closed, and of which more is present, since that was last told.
+func (p *predecessor) tellChanges(told *telling) {
+	now := p.d.engine.Holding()
+	objects, files := p.held(now)
 	for i := 0; i < len(objects); i += perRecord {
 		n := min(i+perRecord, len(objects))
-		add(kindObjects, objects[i:n], files[i:n]...)
+		told.add(kindObjects, objects[i:n], files[i:n]...)
+	}
+	if gone := p.gone(len(now)); len(gone) > 0 {
+		told.add(kindClosed, gone)
 	}
 	var present []presenceRecord
-	for _, o := range d.objects.all() {
+	for _, o := range p.d.objects.all() {
+		if n, ok := p.changes[o]; ok && n == o.changed() {
+			continue
+		}
 		r, n := o.presence()
 		p.changes[o] = n
 		present = append(present, r)
 	}
 	for i := 0; i < len(present); i += perRecord {
-		add(kindPresence, present[i:min(i+perRecord, len(present))])
+		told.add(kindPresence, present[i:min(i+perRecord, len(present))])
 	}
-	runtime.GC() // not in the pause
-	return list, err
 }
 
 // held makes records of objects that were not told of yet.
 func (p *predecessor) held(list []fscache.Held) (objects []objectRecord, files []handover.NamedFile) {
-	names := p.d.opt.Holder.byKey()
+	p.looks++
 	for _, h := range list {
 		k := heldKey{h.Object.Key, h.Handle}
-		if p.handles[k] {
+		told := p.handles[k] != 0
+		p.handles[k] = p.looks
+		if told {
 			continue
 		}
-		p.handles[k] = true
-		r := objectRecord{Name: names[k], Domain: k.key.Domain, ID: k.key.ID, Size: h.Object.Size, Handle: h.Handle}
+		r := objectRecord{Name: p.d.opt.Holder.nameOf(k), Domain: k.key.Domain, ID: k.key.ID, Size: h.Object.Size, Handle: h.Handle}
 		objects = append(objects, r)
 		files = append(files, handover.NamedFile{Name: fmt.Sprintf("object-%d", len(files)), File: h.File})
 	}
 	return objects, files
 }
 
-// Commit implements handover.Giver: nobody reads from here until the successor has taken, and what has changed since Prepare is told.
-func (p *predecessor) Commit() (list []handover.Record, err error) {
+// Update implements handover.Giver: much may have changed while the successor prepared.
+func (p *predecessor) Update() ([]handover.Record, error) {
+	var told telling
+	p.tellChanges(&told)
+	p.busy = lull()
+	return told.list, told.err
+}
+
+// Commit implements handover.Giver: nobody reads from here until the successor has taken, and what has changed since Update is told.
+func (p *predecessor) Commit() (_ []handover.Record, err error) {
 	d := p.d
 	p.committed = time.Now()
 	defer func() {
@@ -105,32 +134,8 @@ func (p *predecessor) Commit() (list []handover.Record, err error) {
 		return nil, err
 	}
 	crash.Point("daemon.predecessor.after-freeze")
-	add := func(kind string, body any, files ...handover.NamedFile) {
-		if err == nil {
-			var r handover.Record
-			r, err = newRecord(kind, body, files...)
-			list = append(list, r)
-		}
-	}
-	now := d.engine.Holding()
-	objects, files := p.held(now)
-	for i := 0; i < len(objects); i += perRecord {
-		n := min(i+perRecord, len(objects))
-		add(kindObjects, objects[i:n], files[i:n]...)
-	}
-	if gone := p.gone(now); len(gone) > 0 {
-		add(kindClosed, gone)
-	}
-	var present []presenceRecord
-	for _, o := range d.objects.all() {
-		if n := o.changed(); n != p.changes[o] {
-			r, _ := o.presence()
-			present = append(present, r)
-		}
-	}
-	for i := 0; i < len(present); i += perRecord {
-		add(kindPresence, present[i:min(i+perRecord, len(present))])
-	}
+	var told telling
+	p.tellChanges(&told)
 	pending := d.engine.Pending()
 	p.left = len(pending)
 	d.succession.await(pending)
@@ -139,19 +144,19 @@ func (p *predecessor) Commit() (list []handover.Record, err error) {
 	for _, r := range pending {
 		requests = append(requests, sighting{r, at})
 	}
-	add(kindPending, records(requests))
-	return list, err
+	told.add(kindPending, records(requests))
+	return told.list, told.err
 }
 
-// gone lists what was told of and is not held any more.
-func (p *predecessor) gone(now []fscache.Held) (list []objectRecord) {
-	still := make(map[heldKey]bool, len(now))
-	for _, h := range now {
-		still[heldKey{h.Object.Key, h.Handle}] = true
+// gone lists what was told of and was not there at the last look, which found so many, once.
+func (p *predecessor) gone(now int) (list []objectRecord) {
+	if len(p.handles) == now {
+		return nil
 	}
-	for k := range p.handles {
-		if !still[k] {
+	for k, seen := range p.handles {
+		if seen != p.looks {
 			list = append(list, objectRecord{Domain: k.key.Domain, ID: k.key.ID, Handle: k.handle})
+			delete(p.handles, k)
 		}
 	}
 	return list
@@ -159,6 +164,7 @@ func (p *predecessor) gone(now []fscache.Held) (list []objectRecord) {
 
 // Resume implements handover.Giver: the successor is dead and read nothing.
 func (p *predecessor) Resume() {
+	p.busy()
 	p.d.succession.forget()
 	crash.Point("daemon.predecessor.before-thaw")
 	if err := p.d.pump.thaw(); err != nil {
@@ -168,6 +174,9 @@ func (p *predecessor) Resume() {
 
 // close closes what was made for the successor.
 func (p *predecessor) close() error {
+	if p.busy != nil {
+		p.busy()
+	}
 	if p.socket == nil {
 		return nil
 	}
@@ -190,6 +199,7 @@ func (p *predecessor) undo() {
 // or at the stop timeout: the successor has the rest.
 func (p *predecessor) Done() <-chan handover.Record {
 	d := p.d
+	p.busy()
 	crash.Point("daemon.predecessor.after-taken")
 	d.succession.over.Store(true)
 	out := make(chan handover.Record)

@@ -140,10 +140,27 @@ func (w *simWire) Give(ctx context.Context, g handover.Giver) (given handover.Gi
 	if err := w.call(ctx, func(t handover.Taker) error { return t.Prepare(list) }); err != nil {
 		return failed(err)
 	}
+	update := func(list []handover.Record) error {
+		for _, r := range list {
+			if err := w.call(ctx, func(t handover.Taker) error { return t.Update(r) }); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	if list, err = g.Update(); err != nil {
+		return failed(err)
+	}
+	if err := update(list); err != nil {
+		return failed(err)
+	}
 	if list, err = g.Commit(); err != nil {
 		return failed(err)
 	}
-	if err := w.call(ctx, func(t handover.Taker) error { return t.Commit(list) }); err != nil {
+	if err = update(list); err == nil {
+		err = w.call(ctx, handover.Taker.Commit)
+	}
+	if err != nil {
 		given, err = failed(err)
 		if !w.from.isDead() {
 			g.Resume()

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 
 	"go.uber.org/zap"
 
@@ -30,6 +31,10 @@ type successor struct {
 	lock    *os.File
 	mounts  []mountRecord
 	given   map[fscache.Key]presenceRecord
+	opened  []fscache.Held // since Prepare, as are the next
+	closed  []fscache.Held
+	busy    func() // collects garbage again; nil: nothing stopped that
+	pending []fscache.Pending
 	name    string        // of the engine
 	started chan struct{} // closed when this process reads the engine
 	parted  chan struct{} // closed when the predecessor has given up the databases, and the supervisor knows of this process
@@ -204,6 +209,9 @@ func (s *successor) settle() {
 
 // close gives up a handover that did not come to reading.
 func (s *successor) close() (err error) {
+	if s.busy != nil {
+		s.busy()
+	}
 	if s.d != nil {
 		d := s.d
 		d.stop(errStopping)
@@ -211,6 +219,9 @@ func (s *successor) close() (err error) {
 	}
 	if s.inbox != nil {
 		err = errors.Join(err, s.inbox.Close())
+	}
+	for _, h := range s.opened {
+		err = errors.Join(err, h.File.Close())
 	}
 	for _, f := range []*os.File{s.socket, s.lock} {
 		if f != nil {
@@ -257,6 +268,7 @@ func (s *successor) Prepare(list []handover.Record) error {
 	s.d.given = nil // what is mounted from here on is settled like any other
 	s.d.tune()
 	runtime.GC() // not in the pause
+	s.busy = lull()
 	crash.Point("daemon.successor.after-prepare")
 	return nil
 }
@@ -334,44 +346,48 @@ func (s *successor) presence(r handover.Record) error {
 	return nil
 }
 
-// Commit implements handover.Taker: the predecessor reads no more, and this process is about to.
-func (s *successor) Commit(list []handover.Record) error {
-	crash.Point("daemon.successor.before-commit")
-	var opened, closed []fscache.Held
-	var pending []fscache.Pending
-	for _, r := range list {
-		switch r.Kind {
-		case kindObjects:
-			held, err := s.objects(r)
-			if err != nil {
-				return err
-			}
-			opened = append(opened, held...)
-		case kindClosed:
-			gone, err := readRecord[[]objectRecord](r)
-			if err != nil {
-				return err
-			}
-			for _, o := range gone {
-				closed = append(closed, fscache.Held{Object: fscache.Object{Key: o.key()}, Handle: o.Handle})
-			}
-		case kindPresence:
-			if err := s.update(r); err != nil {
-				return err
-			}
-		case kindPending:
-			requests, err := readRecord[[]state.Request](r)
-			if err != nil {
-				return err
-			}
-			for _, q := range requests {
-				pending = append(pending, recorded(q))
-			}
-		default:
-			return fmt.Errorf("take over: a record of kind %s where none belongs", r.Kind)
+// Update implements handover.Taker: what has changed since Prepare, and what the predecessor has in flight.
+func (s *successor) Update(r handover.Record) error {
+	switch r.Kind {
+	case kindObjects:
+		held, err := s.objects(r)
+		s.opened = append(s.opened, held...)
+		return err
+	case kindClosed:
+		gone, err := readRecord[[]objectRecord](r)
+		for _, o := range gone {
+			s.forget(o)
 		}
+		return err
+	case kindPresence:
+		return s.update(r)
+	case kindPending:
+		requests, err := readRecord[[]state.Request](r)
+		for _, q := range requests {
+			s.pending = append(s.pending, recorded(q))
+		}
+		return err
 	}
-	return s.d.engine.Expect(pending, opened, closed)
+	return fmt.Errorf("take over: a record of kind %s where none belongs", r.Kind)
+}
+
+// forget takes an object that is no longer open off those opened since Prepare, or notes that it was closed since.
+func (s *successor) forget(r objectRecord) {
+	i := slices.IndexFunc(s.opened, func(h fscache.Held) bool { return h.Object.Key == r.key() && h.Handle == r.Handle })
+	if i < 0 {
+		s.closed = append(s.closed, fscache.Held{Object: fscache.Object{Key: r.key()}, Handle: r.Handle})
+		return
+	}
+	_ = s.opened[i].File.Close() // a copy
+	s.opened = slices.Delete(s.opened, i, i+1)
+}
+
+// Commit implements handover.Taker: the predecessor reads no more, and this process is about to.
+func (s *successor) Commit() error {
+	crash.Point("daemon.successor.before-commit")
+	opened := s.opened
+	s.opened = nil
+	return s.d.engine.Expect(s.pending, opened, s.closed)
 }
 
 // update takes the presence of objects in which something changed since Prepare.
@@ -393,6 +409,7 @@ func (s *successor) update(r handover.Record) error {
 func (s *successor) Start() {
 	crash.Point("daemon.successor.before-start")
 	s.d.pump.start()
+	s.busy()
 	crash.Point("daemon.successor.after-start")
 	close(s.started)
 }

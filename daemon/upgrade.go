@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -87,6 +88,29 @@ func (s *succession) report(r fscache.Request) {
 	if s.awaited[r.ID]--; n == 1 {
 		s.finished <- r.ID
 	}
+}
+
+// lull has no garbage collected, but for the memory limit's sake, until busy is called, for the first time. One that came while nobody reads
+// would be felt by every reader. It is of the whole process, where tests have several daemons.
+func lull() (busy func()) {
+	lulls.Lock()
+	defer lulls.Unlock()
+	if lulls.depth++; lulls.depth == 1 {
+		lulls.percent = debug.SetGCPercent(-1)
+	}
+	return sync.OnceFunc(func() {
+		lulls.Lock()
+		defer lulls.Unlock()
+		if lulls.depth--; lulls.depth == 0 {
+			debug.SetGCPercent(lulls.percent)
+		}
+	})
+}
+
+var lulls struct {
+	sync.Mutex
+	depth   int
+	percent int // to return to
 }
 
 // await makes report tell of these requests.

@@ -15,7 +15,9 @@ import (
 type Giver interface {
 	// Prepare returns all but what is in flight. The daemon serves on.
 	Prepare() ([]Record, error)
-	// Commit stops reading the engine, and returns what has changed since Prepare and what is in flight. After an error it has
+	// Update returns what has changed since Prepare. The daemon still serves: it leaves less to be told while nobody reads.
+	Update() ([]Record, error)
+	// Commit stops reading the engine, and returns what has changed since Update and what is in flight. After an error it has
 	// rolled itself back and serves on. It bounds its own time: readers wait from here on.
 	Commit() ([]Record, error)
 	// Resume reads again: after Commit, and only if the successor is dead and has read nothing.
@@ -93,7 +95,7 @@ type giveAction uint8
 
 const (
 	giveSnapshot giveAction = iota // Giver.Prepare, and send it
-	giveFreeze                     // Giver.Commit
+	giveFreeze                     // Giver.Update, and send it; Giver.Commit
 	giveCommit                     // send what it returned
 	giveGo                         // tell the successor to read
 	giveReport                     // send a record from Giver.Done
@@ -252,6 +254,13 @@ func (v *giving) act(a giveAction) (e giveEvent, err error, more bool) {
 		}
 		return giveFailed, err, err != nil
 	case giveFreeze:
+		records, err := v.giver.Update()
+		if err == nil {
+			err = v.sendRecords(records)
+		}
+		if err != nil {
+			return giveFailed, err, true
+		}
 		crash.Point("handover.give.before-freeze")
 		v.asked = time.Now()
 		if v.frozen, err = v.giver.Commit(); err != nil {
@@ -292,10 +301,8 @@ func (v *giving) act(a giveAction) (e giveEvent, err error, more bool) {
 
 // sendPhase sends records, and the frame that ends the phase.
 func (v *giving) sendPhase(records []Record, end frameType) error {
-	for _, r := range records {
-		if err := v.sendRecord(r); err != nil {
-			return err
-		}
+	if err := v.sendRecords(records); err != nil {
+		return err
 	}
 	if end == framePrepared {
 		crash.Point("handover.give.before-prepared")
@@ -305,6 +312,15 @@ func (v *giving) sendPhase(records []Record, end frameType) error {
 	n := v.sent
 	v.sent = 0
 	return v.send(end, appendCount(nil, n), nil)
+}
+
+func (v *giving) sendRecords(records []Record) error {
+	for _, r := range records {
+		if err := v.sendRecord(r); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // sendRecord sends a record, unless the successor can do without and would not understand it.

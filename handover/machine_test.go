@@ -42,15 +42,15 @@ var takeTable = map[takeState]map[takeEvent]string{
 	takeGreeting:  {takeHello: "1 []"},
 	takeReceiving: {takeRecord: "1 []", takePrepared: "2 [0]"},
 	takeOpening:   {takeOpened: "3 [1]"},
-	takeReady:     {takeRecord: "3 []", takeCommit: "4 [2]"},
-	takeTaking:    {takeTook: "5 [3]"},
-	takeWaiting:   {takeGo: "6 [4]"},
-	takeDraining:  {takeRecord: "6 [5]", takeDrained: "8 [7]", takeStopped: "8 []"},
-	takeBurying:   {takeTimeOver: "7 [6]", takeDead: "8 [8]", takeStopped: "8 []"},
+	takeReady:     {takeRecord: "3 [2]", takeCommit: "4 [3]"},
+	takeTaking:    {takeTook: "5 [4]"},
+	takeWaiting:   {takeGo: "6 [5]"},
+	takeDraining:  {takeRecord: "6 [6]", takeDrained: "8 [8]", takeStopped: "8 []"},
+	takeBurying:   {takeTimeOver: "7 [7]", takeDead: "8 [9]", takeStopped: "8 []"},
 }
 
 var takeFailure = map[takeState]string{
-	takeGreeting: "8 [9]", takeReceiving: "8 [9]", takeOpening: "8 [9]", takeReady: "8 [9]", takeTaking: "8 [9]", takeWaiting: "8 [9]",
+	takeGreeting: "8 [10]", takeReceiving: "8 [10]", takeOpening: "8 [10]", takeReady: "8 [10]", takeTaking: "8 [10]", takeWaiting: "8 [10]",
 	takeDraining: "7 []", takeBurying: "7 []", takeEnded: "8 []",
 }
 

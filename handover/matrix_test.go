@@ -411,8 +411,10 @@ func TestRefusalOfTheTakerOrGiverLeavesThePredecessorServing(t *testing.T) {
 		want         string
 	}{
 		{"Giver.Prepare", "prepare", "", nil, "prepare"},
+		{"Giver.Update", "update", "", nil, "prepare"},
 		{"Giver.Commit", "commit", "", nil, "prepare commit"},
 		{"Taker.Prepare", "", "prepare", nil, "prepare"},
+		{"Taker.Update", "", "update", nil, "prepare commit resume"},
 		{"Taker.Commit", "", "commit", nil, "prepare commit resume"},
 		{"wrong type of descriptor", "", "", wrongType, "prepare"},
 	}

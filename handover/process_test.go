@@ -103,6 +103,8 @@ func (w giverRole) Prepare() ([]Record, error) {
 	return []Record{{Kind: "objects", Files: []NamedFile{{"engine", w.engine}}}}, nil
 }
 
+func (w giverRole) Update() ([]Record, error) { return nil, nil }
+
 func (w giverRole) Commit() ([]Record, error) {
 	w.stopReading()
 	return []Record{{Kind: "pending", Body: []byte(strings.Join(w.todo, ","))}}, nil
@@ -159,8 +161,12 @@ func (w takerRole) Prepare(records []Record) error {
 	return nil
 }
 
-func (w takerRole) Commit(records []Record) error {
-	w.todo = strings.Split(string(records[0].Body), ",")
+func (w takerRole) Update(r Record) error {
+	w.todo = strings.Split(string(r.Body), ",")
+	return nil
+}
+
+func (w takerRole) Commit() error {
 	w.at("commits")
 	return nil
 }

@@ -15,8 +15,10 @@ import (
 type Taker interface {
 	// Prepare opens everything, and checks that this process could serve. The predecessor serves; nothing is read or changed.
 	Prepare([]Record) error
-	// Commit takes what changed since, and what the predecessor has in flight. After it this process can read, but does not yet.
-	Commit([]Record) error
+	// Update takes a record of what changed since, and of what the predecessor has in flight. That serves, or is about to stop.
+	Update(Record) error
+	// Commit says that this was all. After it this process can read, but does not yet.
+	Commit() error
 	// Start reads the engine from here on. The predecessor never does again.
 	Start()
 	// Done takes a record of what the predecessor has finished since.
@@ -89,6 +91,7 @@ type takeAction uint8
 const (
 	takeOpen    takeAction = iota // Taker.Prepare
 	takeReport                    // ready
+	takeHear                      // Taker.Update
 	takeAccept                    // Taker.Commit
 	takeTaken                     // taken
 	takeRead                      // Taker.Start
@@ -104,12 +107,14 @@ func takeNext(s takeState, e takeEvent) (takeState, []takeAction) {
 	switch {
 	case s == takeGreeting && e == takeHello:
 		return takeReceiving, nil
-	case s == takeReceiving && e == takeRecord, s == takeReady && e == takeRecord:
-		return s, nil
+	case s == takeReceiving && e == takeRecord:
+		return takeReceiving, nil
 	case s == takeReceiving && e == takePrepared:
 		return takeOpening, []takeAction{takeOpen}
 	case s == takeOpening && e == takeOpened:
 		return takeReady, []takeAction{takeReport}
+	case s == takeReady && e == takeRecord:
+		return takeReady, []takeAction{takeHear}
 	case s == takeReady && e == takeCommit:
 		return takeTaking, []takeAction{takeAccept}
 	case s == takeTaking && e == takeTook:
@@ -265,9 +270,15 @@ func (v *taking) act(a takeAction) (e takeEvent, err error, more bool) {
 		crash.Point("handover.take.before-ready")
 		err := v.send(frameReady, nil, nil)
 		return takeFailed, err, err != nil
+	case takeHear:
+		if r, ok := v.records.pop(); ok {
+			if err := v.taker.Update(r); err != nil {
+				return takeFailed, err, true
+			}
+		}
 	case takeAccept:
 		crash.Point("handover.take.before-commit")
-		if err := v.taker.Commit(v.take()); err != nil {
+		if err := v.taker.Commit(); err != nil {
 			return takeFailed, err, true
 		}
 		return takeTook, nil, true

@@ -78,6 +78,7 @@ type script struct {
 func newScript() *script {
 	s := &script{fail: map[string]error{}, give: map[string][]Record{}, got: map[string][]Record{}, done: make(chan Record, 10)}
 	s.give["prepare"] = []Record{{Kind: "objects", Body: []byte("three of them")}}
+	s.give["update"] = []Record{{Kind: "objects", Body: []byte("a fourth")}}
 	s.give["commit"] = []Record{{Kind: "pending", Body: []byte("7")}}
 	s.done <- Record{Kind: "done", Body: []byte("7")}
 	close(s.done)
@@ -101,6 +102,7 @@ func (s *script) story() string {
 type scriptGiver struct{ *script }
 
 func (s scriptGiver) Prepare() ([]Record, error) { return s.give["prepare"], s.note("prepare") }
+func (s scriptGiver) Update() ([]Record, error)  { return s.give["update"], s.fail["update"] }
 func (s scriptGiver) Commit() ([]Record, error)  { return s.give["commit"], s.note("commit") }
 func (s scriptGiver) Resume()                    { _ = s.note("resume") }
 func (s scriptGiver) Done() <-chan Record        { return s.done }
@@ -109,21 +111,29 @@ func (s scriptGiver) Done() <-chan Record        { return s.done }
 type scriptTaker struct{ *script }
 
 func (s scriptTaker) receive(event string, records []Record) error {
-	s.mu.Lock()
-	s.got[event] = append(s.got[event], records...)
-	s.mu.Unlock()
-	if s.check != nil {
-		if err := s.check(records); err != nil {
-			return err
-		}
+	if err := s.keep(event, records...); err != nil {
+		return err
 	}
 	return s.note(event)
 }
 
+func (s scriptTaker) keep(event string, records ...Record) error {
+	s.mu.Lock()
+	s.got[event] = append(s.got[event], records...)
+	s.mu.Unlock()
+	if s.check == nil {
+		return nil
+	}
+	return s.check(records)
+}
+
 func (s scriptTaker) Prepare(r []Record) error { return s.receive("prepare", r) }
-func (s scriptTaker) Commit(r []Record) error  { return s.receive("commit", r) }
-func (s scriptTaker) Start()                   { _ = s.note("start") }
-func (s scriptTaker) Done(r Record)            { _ = s.receive("done", []Record{r}) }
+func (s scriptTaker) Update(r Record) error {
+	return errors.Join(s.keep("commit", r), s.fail["update"])
+}
+func (s scriptTaker) Commit() error { return s.note("commit") }
+func (s scriptTaker) Start()        { _ = s.note("start") }
+func (s scriptTaker) Done(r Record) { _ = s.receive("done", []Record{r}) }
 func (s scriptTaker) Drained(err error) {
 	if err != nil {
 		_ = s.note("inherited")
@@ -184,8 +194,14 @@ func TestUpgradeMovesRecordsAndTheRightToRead(t *testing.T) {
 	if g.story() != "prepare commit" || s.story() != "prepare commit start done drained" {
 		t.Errorf("predecessor: %s; successor: %s", g.story(), s.story())
 	}
-	if len(s.got["prepare"]) != 1 || string(s.got["prepare"][0].Body) != "three of them" || string(s.got["commit"][0].Body) != "7" || string(s.got["done"][0].Body) != "7" {
-		t.Errorf("received %+v", s.got)
+	for phase, want := range map[string]string{"prepare": "three of them", "commit": "a fourth, 7", "done": "7"} {
+		var bodies []string
+		for _, r := range s.got[phase] {
+			bodies = append(bodies, string(r.Body))
+		}
+		if got := strings.Join(bodies, ", "); got != want {
+			t.Errorf("%s received %q, want %q", phase, got, want)
+		}
 	}
 }
 

@@ -3,6 +3,7 @@ package fanotify
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"sync"
 
@@ -54,9 +55,16 @@ func occupy(numbers []int32) (map[int32]bool, error) {
 	return placed, nil
 }
 
+// vacate gives numbers back that have placeholders, a run of them with each call: there may be thousands.
 func vacate(placed map[int32]bool) {
-	for n := range placed {
-		_ = unix.Close(int(n))
+	numbers := slices.Sorted(maps.Keys(placed))
+	for len(numbers) > 0 {
+		n := 1
+		for n < len(numbers) && numbers[n] == numbers[0]+int32(n) {
+			n++
+		}
+		_ = unix.CloseRange(uint(numbers[0]), uint(numbers[n-1]), 0) // fails for no descriptor that is open
+		numbers = numbers[n:]
 	}
 }
 

@@ -53,7 +53,7 @@ func (e *Engine) Holding() []fscache.Held {
 	e.mu.Lock()
 	objects := slices.Collect(maps.Values(e.objects))
 	e.mu.Unlock()
-	var list []fscache.Held
+	list := make([]fscache.Held, 0, len(objects))
 	for _, o := range objects {
 		// Without changing, which is held while the supervisor works: the predecessor of an upgrade asks while nobody reads.
 		if o.held.Load() && !o.gone.Load() {

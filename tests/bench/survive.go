@@ -316,7 +316,7 @@ func (f *fleet) started(old int) (time.Time, error) {
 }
 
 const (
-	upgrades       = 25
+	upgrades       = 200
 	upgradeReaders = 16
 )
 
