@@ -37,8 +37,8 @@ func ImageDir(root, digest string) (string, error) {
 	return filepath.Join(root, imagesDir, hexa), nil
 }
 
-// save keeps all of an image but its blobs' data, so that it can be served without asking where it came from. What is
-// saved of the same image already is replaced: its blobs may have moved.
+// save keeps all of an image but its blobs' data, so that it can be served without asking where it came from. Where its blobs are is each
+// mount's own record.
 func (d *Daemon) save(i *image.Image) (dir string, err error) {
 	if dir, err = d.imageDir(i.Digest); err != nil {
 		return "", err

@@ -229,22 +229,40 @@ func TestDigestsComeFromTheChunkTableWhereTheBlobHasNone(t *testing.T) {
 	}
 }
 
-func TestSaveReplacesWhatWasThere(t *testing.T) {
+// A process that dies while an image is saved that is mounted elsewhere must leave what those mounts depend on (I1).
+func TestSaveTouchesNothingThatCanBeLoaded(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "saved")
 	a := open(t, "oci:"+makeLayout(t, sample(), convert.Options{}))
 	b := open(t, "oci:"+makeLayout(t, map[string][]byte{"one": []byte("1")}, convert.Options{}))
-	for _, img := range []*Image{a, b, a} {
-		if err := img.Save(dir); err != nil {
-			t.Fatal(err)
-		}
-		got, err := Load(dir, Options{})
+	inode := func() os.FileInfo {
+		fi, err := os.Stat(dir)
 		if err != nil {
 			t.Fatal(err)
 		}
-		got.Close()
-		if got.Digest != img.Digest {
-			t.Errorf("loaded %s, saved %s", got.Digest, img.Digest)
-		}
+		return fi
+	}
+	if err := a.Save(dir); err != nil {
+		t.Fatal(err)
+	}
+	first := inode()
+	if err := a.Save(dir); err != nil {
+		t.Fatal(err)
+	}
+	contains(t, b.Save(dir), dir, "other blobs")
+	if !os.SameFile(first, inode()) {
+		t.Error("the directory was replaced")
+	}
+	flip(t, filepath.Join(dir, savedMeta(0)), 2)
+	if err := b.Save(dir); err != nil {
+		t.Errorf("over what cannot be loaded: %v", err)
+	}
+	got, err := Load(dir, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	got.Close()
+	if got.Digest != b.Digest {
+		t.Errorf("loaded %s, saved %s", got.Digest, b.Digest)
 	}
 	left, err := os.ReadDir(filepath.Dir(dir))
 	if err != nil || len(left) != 1 {
@@ -287,6 +305,7 @@ func TestSavedImageOfANewerReleaseIsRefused(t *testing.T) {
 	writeJSON(t, filepath.Join(dir, savedIndex), s)
 	_, err := Load(dir, Options{})
 	contains(t, err, "version 2", "release")
+	contains(t, img.Save(dir), "version 2")
 }
 
 func TestCloseReleasesTheDescriptors(t *testing.T) {

@@ -1,6 +1,7 @@
 package image
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -25,6 +26,8 @@ func savedMeta(n int) string { return fmt.Sprintf("blob-%03d.meta", n) }
 // savedVersion is the version of the form below.
 const savedVersion = 1
 
+var errNewer = errors.New("saved by another release")
+
 // saved is what image.json holds.
 type saved struct {
 	Version   int         `json:"version"`
@@ -46,8 +49,9 @@ const (
 	maxSavedMeta  = 1 << 30 // a blob of 1<<24 chunks has 56 bytes for each
 )
 
-// Save writes all of the image but the blobs' data to the directory dir, for [Load]. What dir held before is replaced. A crash
-// leaves the old directory, the new one, or none, and possibly another one with a name that begins with dir's; never a mixture.
+// Save writes all of the image but the blobs' data to the directory dir, for [Load]. If the same is there already nothing is touched: mounts
+// depend on it. What says something else there is an error; what cannot be loaded is replaced. A crash leaves what was there,
+// the new directory, or none, and possibly another one with a name that begins with dir's; never a mixture.
 // Bootstrap must not have been set to nil.
 func (i *Image) Save(dir string) error {
 	if err := i.save(dir); err != nil {
@@ -61,6 +65,13 @@ func (i *Image) save(dir string) error {
 		return errors.New("its bootstrap is no longer in memory")
 	}
 	dir = filepath.Clean(dir)
+	there, err := Load(dir, Options{})
+	switch {
+	case err == nil:
+		return errors.Join(i.sameAs(there, dir), there.Close())
+	case errors.Is(err, errNewer):
+		return err
+	}
 	parent := filepath.Dir(dir)
 	if err := os.MkdirAll(parent, 0o700); err != nil {
 		return err
@@ -77,6 +88,28 @@ func (i *Image) save(dir string) error {
 		return err
 	}
 	return syncFile(parent)
+}
+
+// sameAs says whether the image is the one that was loaded from dir.
+func (i *Image) sameAs(there *Image, dir string) error {
+	i.Sum = sum(i.Bootstrap)
+	same := i.Digest == there.Digest && i.Sum == there.Sum && len(i.Blobs) == len(there.Blobs)
+	for n := 0; same && n < len(i.Blobs); n++ {
+		a, b := i.Blobs[n], there.Blobs[n]
+		m, err := a.meta.MarshalBinary()
+		if err != nil {
+			return err
+		}
+		old, err := b.meta.MarshalBinary()
+		if err != nil {
+			return err
+		}
+		same = a.Info.ID == b.Info.ID && a.Source.Size() == b.Source.Size() && bytes.Equal(m, old)
+	}
+	if !same {
+		return fmt.Errorf("%s holds image %s with other blobs, which mounts may depend on: unmount them and remove the directory", dir, there.Digest)
+	}
+	return nil
 }
 
 // writeTo writes and syncs the files of the image.
@@ -152,7 +185,7 @@ func Load(dir string, o Options) (*Image, error) {
 		return nil, fmt.Errorf("load image: %w", bad("%s: %w", filepath.Join(dir, savedIndex), err))
 	}
 	if s.Version != savedVersion {
-		return nil, fmt.Errorf("load image: %w", bad("%s has version %d, this release knows %d: run the release that wrote it, or delete %s and mount the image anew", filepath.Join(dir, savedIndex), s.Version, savedVersion, dir))
+		return nil, fmt.Errorf("load image: %w: %w", errNewer, bad("%s has version %d, this release knows %d: run the release that wrote it, or delete %s and mount the image anew", filepath.Join(dir, savedIndex), s.Version, savedVersion, dir))
 	}
 	r, err := ParseReference(s.Ref)
 	if err != nil {
