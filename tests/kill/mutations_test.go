@@ -76,8 +76,8 @@ var removals = []removal{
 	}}}, drill: "upgrade"},
 	{Mutation: mutant.Mutation{Name: "no barrier behind a descriptor", Edits: []mutant.Edit{{
 		File: "handover/store.go",
-		Old:  "\tif err := s.barrier(); err != nil {",
-		New:  "\tif err := error(nil); err != nil {",
+		Old:  "\tcrash.Point(\"handover.store.before-barrier\")\n\tif err := s.barrier(b); err != nil {",
+		New:  "\tcrash.Point(\"handover.store.before-barrier\")\n\tif err := error(nil); err != nil {",
 	}}}, drill: "handover", detail: "Push|Store"},
 }
 
