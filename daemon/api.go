@@ -42,8 +42,9 @@ type MountInfo struct {
 	Domain   string    `json:"domain"`
 	Prefetch bool      `json:"prefetch"`
 	Created  time.Time `json:"created"`
-	Complete bool      `json:"complete"`         // all of its data is in the cache
-	Broken   string    `json:"broken,omitempty"` // why it cannot be served
+	Complete bool      `json:"complete"`          // all of its data is in the cache
+	Offline  bool      `json:"offline,omitempty"` // it was mounted without a daemon, which has nothing to do with it
+	Broken   string    `json:"broken,omitempty"`  // why it cannot be served
 }
 
 // An ImageInfo is an image the daemon has saved.
@@ -113,9 +114,12 @@ func (d *Daemon) handler() http.Handler {
 	paths := map[string]map[string]route{
 		"/v1/mounts":  {http.MethodGet: d.getMounts, http.MethodPost: d.postMounts, http.MethodDelete: d.deleteMounts},
 		"/v1/images":  {http.MethodGet: d.getImages},
+		"/v1/dedup":   {http.MethodGet: d.getDedup},
 		"/v1/status":  {http.MethodGet: d.getStatus},
 		"/v1/state":   {http.MethodGet: d.getState},
 		"/v1/upgrade": {http.MethodPost: d.postUpgrade},
+
+		"/v1/prefetch": {http.MethodGet: d.getPrefetch, http.MethodPost: d.postPrefetch},
 	}
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		d.calls.Add(1)
@@ -140,7 +144,7 @@ func (d *Daemon) handler() http.Handler {
 func dispatch(paths map[string]map[string]route, w http.ResponseWriter, r *http.Request) (int, any, error) {
 	methods, ok := paths[r.URL.Path]
 	if !ok {
-		return 0, nil, notFound("this daemon's API is /v1/mounts, /v1/images, /v1/status, /v1/state and /v1/upgrade", "no such path: %q", r.URL.Path)
+		return 0, nil, notFound("this daemon's API is /v1/mounts, /v1/images, /v1/dedup, /v1/prefetch, /v1/status, /v1/state and /v1/upgrade", "no such path: %q", r.URL.Path)
 	}
 	f, ok := methods[r.Method]
 	if !ok {
@@ -172,6 +176,13 @@ func (d *Daemon) getMounts(r *http.Request) (int, any, error) {
 	list := []MountInfo{}
 	for _, m := range d.mounts.list() {
 		list = append(list, m.info())
+	}
+	records, err := d.state.Mounts()
+	if err != nil {
+		return 0, nil, err
+	}
+	for _, m := range offlineMounts(records, d.boot, "") {
+		list = append(list, MountInfo{ID: m.ID, Image: m.Image, Ref: m.Ref, Dir: m.Dir, Domain: m.Domain, Created: m.Created, Complete: true, Offline: true})
 	}
 	return http.StatusOK, list, noQuery(r)
 }
@@ -213,7 +224,7 @@ func (d *Daemon) deleteMounts(r *http.Request) (int, any, error) {
 }
 
 func (m *mount) info() MountInfo {
-	r := m.record
+	r := m.asRecorded()
 	return MountInfo{ID: r.ID, Image: r.Image, Ref: r.Ref, Dir: r.Dir, Domain: r.Domain, Prefetch: r.Prefetch, Created: r.Created, Complete: m.complete(), Broken: m.broken}
 }
 

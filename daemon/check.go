@@ -59,6 +59,10 @@ func (d *Daemon) report(ctx context.Context) (r StateReport, err error) {
 func CompareMounts(s state.StateExport, boot string, points map[string]string) (list []Finding) {
 	for _, m := range s.Mounts {
 		switch there := points[m.Dir] == fsType; {
+		case m.Stage == state.StageOffline && m.Boot != boot: // it went with its boot
+		case m.Stage == state.StageOffline && !there:
+			list = append(list, Finding{"mount", m.Dir, "is on record as mounted without a daemon, and not mounted here",
+				"none needed if another mount namespace uses it; else holdfast umount takes it off the record"})
 		case m.Boot != boot && !there:
 			list = append(list, Finding{"mount", m.Dir, "is on record of an earlier boot and was not made again",
 				"see holdfast status for the reason; holdfast umount takes it off the record"})

@@ -57,6 +57,30 @@ func (c *Client) Images(ctx context.Context) (list []ImageInfo, err error) {
 	return list, err
 }
 
+// Dedup returns what the mounted images have in common.
+func (c *Client) Dedup(ctx context.Context) (s Sharing, err error) {
+	err = c.call(ctx, http.MethodGet, "/v1/dedup", nil, &s)
+	return s, err
+}
+
+// Prefetch has all of a mounted image brought into the cache, as fast as it comes, and returns at once; [Client.Prefetching] says how far it is.
+func (c *Client) Prefetch(ctx context.Context, r PrefetchRequest) (p PrefetchInfo, err error) {
+	err = c.call(ctx, http.MethodPost, "/v1/prefetch", r, &p)
+	return p, err
+}
+
+// Prefetching says how much of a mounted image is in the cache.
+func (c *Client) Prefetching(ctx context.Context, r PrefetchRequest) (p PrefetchInfo, err error) {
+	q := url.Values{}
+	for name, v := range map[string]string{"image": r.Image, "dir": r.Dir, "domain": r.Domain} {
+		if v != "" {
+			q.Set(name, v)
+		}
+	}
+	err = c.call(ctx, http.MethodGet, "/v1/prefetch?"+q.Encode(), nil, &p)
+	return p, err
+}
+
 // Status returns what the daemon is doing.
 func (c *Client) Status(ctx context.Context) (s Status, err error) {
 	err = c.call(ctx, http.MethodGet, "/v1/status", nil, &s)

@@ -91,7 +91,7 @@ func newDaemon(o Options) (*Daemon, error) {
 	d := &Daemon{
 		opt: o, log: o.Log, engine: o.Engine, boot: boot, started: time.Now(), damaged: o.Damaged,
 		filler: &filler{
-			engine: o.Engine, decoder: decoder, log: o.Log,
+			engine: o.Engine, decoder: decoder, log: o.Log, index: newIndex(),
 			ahead: uint64(o.ReadAhead), deadline: o.ReadDeadline, began: time.Now(),
 		},
 		mountPoints: mountPoints, source: func(s source.Source) source.Source { return s },
@@ -207,7 +207,7 @@ func (d *Daemon) answer(r fscache.Request, e fscache.Errno) {
 }
 
 // Garbage is collected early, and earlier still near memoryFloor: a daemon that holds little between requests should
-// not look large because of what they left. Chunk tables come on top, for no collection makes them smaller.
+// not look large because of what they left. Chunk tables and the index of chunks come on top, for no collection makes them smaller.
 const (
 	gcPercent   = 50
 	memoryFloor = 72 << 20
@@ -225,5 +225,6 @@ func (d *Daemon) tune() {
 	for _, o := range d.objects.all() {
 		tables += int64(o.table.Len()) * 64
 	}
+	tables += d.index.size.Load() * 32
 	debug.SetMemoryLimit(memoryFloor + tables*5/4)
 }

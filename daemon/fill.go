@@ -22,6 +22,7 @@ type filler struct {
 	ahead    uint64        // read-ahead window in bytes
 	deadline time.Duration // how long a reader is made to wait
 
+	index      *index
 	count      counters
 	began      time.Time
 	lastMiss   atomic.Int64   // when a reader last missed, or a miss was answered, in nanoseconds since began
@@ -169,6 +170,9 @@ func (f *filler) carry(o *object, u *use, c claimed, d *demand) error {
 		ctx, cancel = context.WithDeadlineCause(u.ctx, d.deadline, errDeadline)
 		defer cancel()
 	}
+	if !u.local { // what is on this machine is not worth looking for
+		c.spans, t.from = f.index.near(o, c.spans)
+	}
 	began := time.Now()
 	rest, err := t.run(ctx, c.spans)
 	if err == nil {
@@ -200,7 +204,7 @@ func (f *filler) blame(o *object, began time.Time, s span, err error) {
 	f.count.failures.Add(1)
 	if !hopeless(err, 0) {
 		// A quarter of the deadline: whoever reads anew has attempts of its own made, however long the source has been down.
-		o.failed(began, min(retryAfter(err), f.deadline), f.deadline/4)
+		o.failed(began, min(retryAfter(err), f.deadline), f.deadline/4, err)
 	}
 	f.log.Warn("fetch failed", zap.Stringer("object", o.key), zap.Uint64("offset", o.table.At(s.first).Offset),
 		zap.Error(err))

@@ -10,11 +10,13 @@ import (
 	"runtime"
 	"strings"
 	"sync"
+	"time"
 
 	"go.uber.org/zap"
 	"golang.org/x/sync/errgroup"
 
 	"holdfast/fscache"
+	"holdfast/fscache/plain"
 	"holdfast/rafs"
 	"holdfast/rafs/image"
 	"holdfast/rafs/source"
@@ -102,13 +104,18 @@ func (d *Daemon) restore(ctx context.Context) error {
 	}
 	var gone []*mount
 	here := map[string]*mount{}
+	offline := map[string]time.Time{} // what is on a directory is such a mount, not one that was there before it
+	for _, r := range offlineMounts(records, d.boot, "") {
+		offline[r.Dir] = r.Created
+	}
 	for _, r := range records {
 		crash.Point("daemon.restore.before-mount")
 		m := &mount{record: r}
-		there := points[r.Dir] == fsType
+		there := points[r.Dir] == fsType && !offline[r.Dir].After(r.Created)
 		switch {
-		case r.Boot != d.boot && r.Stage == state.StageLinger: // what used it went with the boot
+		case r.Boot != d.boot && (r.Stage == state.StageLinger || r.Stage == state.StageOffline): // what used it went with the boot
 			err = d.state.ForgetMount(r.ID)
+		case r.Stage == state.StageOffline: // nobody asks a daemon for anything of it
 		case r.Boot != d.boot, r.Stage == state.StageAgain && !there:
 			d.earlier = append(d.earlier, r)
 		case r.Stage == state.StageLinger: // what is there now is another
@@ -116,7 +123,7 @@ func (d *Daemon) restore(ctx context.Context) error {
 		case !there:
 			d.log.Warn("mount on record is not here", zap.String("image", r.Ref), zap.String("dir", r.Dir), zap.String("found", points[r.Dir]))
 			gone = append(gone, m)
-		case d.opt.Fresh:
+		case d.opt.Fresh && !d.needsNobody(m):
 			err = d.abandon(ctx, m)
 		default:
 			if old := here[r.Dir]; old != nil { // only one of two on one directory can be the one that is seen
@@ -171,7 +178,35 @@ func (d *Daemon) takeUp(ctx context.Context, m *mount) error {
 	return nil
 }
 
-// abandon ends a mount whose lifeline is gone, which nobody can serve any more (I1): the engine makes it unreadable.
+// needsNobody reports whether all of a mount was in the cache for certain before its lifeline went, so that its readers got, and get, the right bytes
+// without it. Whatever of a mount was missing then is missing still: nobody could write it.
+func (d *Daemon) needsNobody(m *mount) bool {
+	l, err := d.loaded(m.record.Image)
+	if err != nil || d.engine.AsksForBootstrap() {
+		return false
+	}
+	on := onRecord{boot: d.boot, objects: map[fscache.Key]state.Object{}}
+	for _, b := range l.image.Blobs {
+		k := fscache.Key{Domain: m.record.Domain, ID: b.Info.ID}
+		if on.objects[k], err = d.state.Object(k.Domain, k.ID); err != nil {
+			return false
+		}
+	}
+	for _, kind := range plain.Kinds {
+		if kind.Engine != d.engine.Name() {
+			continue
+		}
+		c, err := openKind(kind, d.opt.Root, m.record.Domain, on, l.image)
+		if err != nil {
+			return false
+		}
+		defer c.close()
+		return c.written()
+	}
+	return false
+}
+
+// abandon ends a mount with something missing whose lifeline is gone, which nobody can serve any more (I1): the engine makes it unreadable.
 func (d *Daemon) abandon(ctx context.Context, m *mount) error {
 	what := fmt.Sprintf("image %s on %s was mounted under a descriptor that nobody holds any more: it cannot be read, and is unmounted; "+
 		"end what uses it and mount it again", m.record.Ref, m.record.Dir)
@@ -211,7 +246,7 @@ func (d *Daemon) stage(m *mount, s state.Stage) error {
 		return nil
 	}
 	m.record.Stage = s
-	return d.state.UpdateMount(m.record)
+	return d.state.UpdateMount(m.asRecorded())
 }
 
 // fsType is what every mount of holdfast's is.

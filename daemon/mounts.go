@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"go.uber.org/zap"
@@ -42,6 +43,16 @@ type mount struct {
 	kept      []*hold // what the kernel still used when the mount was let go
 	gate      gate
 	prefetch  prefetching
+	hurried   atomic.Bool // somebody has asked for all of it, as fast as it comes: more than the record it was mounted with says
+}
+
+// asRecorded is what is to be on record about m.
+func (m *mount) asRecorded() state.Mount {
+	r := m.record
+	if m.hurried.Load() {
+		r.Prefetch, r.PrefetchBPS = true, 0
+	}
+	return r
 }
 
 func newMounts() *mounts { return &mounts{byDir: map[string]*mount{}} }
@@ -105,7 +116,7 @@ func (t *mounts) list() []*mount {
 // every describes all mounts that are ready or linger, for a successor.
 func (t *mounts) every() (all []mountRecord) {
 	for _, m := range t.list() {
-		all = append(all, mountRecord{Mount: m.record, Broken: m.broken})
+		all = append(all, mountRecord{Mount: m.asRecorded(), Broken: m.broken})
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -326,15 +337,20 @@ func (d *Daemon) engineMount(m *mount, boot *bootstrap) fscache.Mount {
 
 // startPrefetch brings m in from now on, if its record says so, unless that is under way or m is being unmounted. unmount and close wait for it.
 func (d *Daemon) startPrefetch(m *mount) {
-	if !m.record.Prefetch {
+	r := m.asRecorded()
+	if !r.Prefetch {
 		return
 	}
-	m.prefetch.begin(d.base, func(ctx context.Context) {
+	m.prefetch.begin(d.base, func(ctx context.Context) error {
 		objects := make([]*object, len(m.blobs))
 		for i, h := range m.blobs {
 			objects[i] = h.o
 		}
-		newPrefetch(d.filler, &m.gate, m.record.PrefetchBPS).run(ctx, m.image.Plan(), objects)
+		p := newPrefetch(d.filler, &m.gate, r.PrefetchBPS)
+		if m.hurried.Load() {
+			p.lanes = hurriedLanes
+		}
+		return p.run(ctx, m.image.Plan(), objects)
 	})
 }
 
@@ -347,6 +363,9 @@ func (d *Daemon) unmount(ctx context.Context, dir string) error {
 	defer done()
 	m, err := d.mounts.take(filepath.Clean(dir))
 	if err != nil {
+		if there, err := d.unmountOffline(ctx, filepath.Clean(dir)); there || err != nil {
+			return err
+		}
 		return err
 	}
 	if m.broken != "" && d.vanished(m) {

@@ -29,7 +29,11 @@ type object struct {
 	once    sync.Once     // closes asked
 
 	fetched atomic.Int64 // bytes the sources gave
+	copied  atomic.Int64 // bytes that were in other objects of the domain
 	served  atomic.Int64 // bytes of requests answered OK
+	vouched atomic.Bool  // it is on record that all of it was synced
+
+	number uint32 // in the domain's index, whose lock guards it; 0: not there yet
 
 	mu       sync.Mutex
 	present  bitset
@@ -38,6 +42,8 @@ type object struct {
 	epoch    int    // counts reset calls: what was written before one says nothing about the file after it
 	changes  int    // counts what changed present
 	finished bool   // complete, and the engine was told or is being told
+	durable  bool   // the engine was told: all of it would outlive a power failure
+	unsynced error  // why it could not be told
 	waiters  []*waiter
 	claims   []*claim // whose transfer is under way and nobody waits for
 	uses     []*use
@@ -252,8 +258,31 @@ func (o *object) reset() (epoch int) {
 	o.changes++
 	o.present.clear(span{0, o.table.Len()})
 	o.missing = o.table.Len()
-	o.finished = false
+	o.finished, o.durable, o.unsynced = false, false, nil
 	return o.epoch
+}
+
+// ended takes note of how finish ended that was begun in an epoch.
+func (o *object) ended(epoch int, err error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if epoch == o.epoch {
+		o.durable, o.unsynced = err == nil, err
+	}
+}
+
+// kept reports whether all of the object would outlive a power failure, or why that cannot be had.
+func (o *object) kept() (bool, error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.durable, o.unsynced
+}
+
+// trouble is why the object's source is being left alone for a while; nil if it is not.
+func (o *object) trouble() error {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.backoff.err
 }
 
 // current is the epoch, for mark.
@@ -272,9 +301,10 @@ func (o *object) busyOrAbsent(mayBeAbsent bool) bool {
 
 // failed notes that a fetch begun at began failed, and how long the source is to be left alone: atLeast if it asked for that,
 // otherwise atMost.
-func (o *object) failed(began time.Time, atLeast, atMost time.Duration) {
+func (o *object) failed(began time.Time, atLeast, atMost time.Duration, err error) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
+	o.backoff.err = err
 	o.backoff.failed(began, time.Now(), atLeast, atMost)
 }
 

@@ -163,6 +163,7 @@ func (d *Daemon) releaseEntry(h *hold) error {
 	h.o.detach(h.u)
 	h.o.completing.Wait()
 	d.objects.publish(h.o.key, nil)
+	d.index.remove(h.o)
 	if err != nil {
 		err = fmt.Errorf("remove object %s: %w", h.o.key, err)
 	}

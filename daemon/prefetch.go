@@ -3,10 +3,13 @@ package daemon
 import (
 	"context"
 	"errors"
+	"maps"
+	"slices"
 	"sync"
 	"sync/atomic"
 
 	"go.uber.org/zap"
+	"golang.org/x/sync/errgroup"
 	"golang.org/x/time/rate"
 
 	"holdfast/fscache"
@@ -17,29 +20,50 @@ import (
 // much that a reader that comes meanwhile waits for long behind it.
 const prefetchStep = 4 << 20
 
+// hurriedLanes is how many steps at a time are fetched of what somebody has asked for: one decodes while another waits for its source.
+const hurriedLanes = 4
+
 // prefetching is a mount's prefetch, which an upgrade pauses: a goroutine at a time wants it, others may be at their last fetch.
 type prefetching struct {
 	running atomic.Int32 // goroutines
 	wg      sync.WaitGroup
 
 	mu     sync.Mutex
-	cancel context.CancelFunc // nil: it is not wanted
+	cancel context.CancelFunc // nil: none is under way
+	turn   int                // counts begun ones
+	err    error              // why the last one that was not paused did not bring everything in
 	over   bool
 }
 
-// begin has run work until ctx ends, or pause or end is called. While it is wanted already, or after end, it does nothing.
-func (p *prefetching) begin(ctx context.Context, work func(context.Context)) {
+// begin has run work until ctx ends, or pause or end is called. While one is under way, or after end, it does nothing.
+func (p *prefetching) begin(ctx context.Context, work func(context.Context) error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.over || p.cancel != nil {
 		return
 	}
 	ctx, p.cancel = context.WithCancel(ctx)
+	p.err = nil
+	p.turn++
+	turn := p.turn
 	p.running.Add(1)
 	p.wg.Go(func() {
 		defer p.running.Add(-1)
-		work(ctx)
+		err := work(ctx)
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		if ctx.Err() == nil && p.turn == turn {
+			p.cancel()
+			p.cancel, p.err = nil, err
+		}
 	})
+}
+
+// failure is why the last one that was not paused did not bring everything in; nil while another is under way.
+func (p *prefetching) failure() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.err
 }
 
 // pause ends it as soon as what it is fetching is there, and waits for nothing.
@@ -69,10 +93,11 @@ type prefetch struct {
 	gate  *gate
 	limit *rate.Limiter // nil: none
 	step  uint64
+	lanes int // steps at a time
 }
 
 func newPrefetch(f *filler, g *gate, bps int64) *prefetch {
-	p := &prefetch{filler: f, gate: g, step: prefetchStep}
+	p := &prefetch{filler: f, gate: g, step: prefetchStep, lanes: 1}
 	if bps > 0 {
 		p.step = uint64(min(prefetchStep, max(bps/4, 1)))
 		p.limit = rate.NewLimiter(rate.Limit(bps), int(p.step))
@@ -81,28 +106,33 @@ func newPrefetch(f *filler, g *gate, bps int64) *prefetch {
 }
 
 // run prefetches plan; objects are the image's, by blob. What cannot be written to comes when a reader has opened it: after a
-// takeover that is everything.
-func (p *prefetch) run(ctx context.Context, plan []image.Range, objects []*object) {
+// takeover that is everything. The error says what no more is tried for, unless ctx ended.
+func (p *prefetch) run(ctx context.Context, plan []image.Range, objects []*object) error {
 	closed := map[*object][]image.Range{}
-	p.pass(ctx, plan, objects, closed)
+	err := p.pass(ctx, plan, objects, closed)
 	var wg sync.WaitGroup
+	var mu sync.Mutex
 	for o, plan := range closed {
 		wg.Go(func() {
 			select {
 			case <-o.asked:
-				p.pass(ctx, plan, objects, nil)
+				e := p.pass(ctx, plan, objects, nil)
+				mu.Lock()
+				defer mu.Unlock()
+				err = errors.Join(err, e)
 			case <-ctx.Done():
 			}
 		})
 	}
 	wg.Wait()
+	return err
 }
 
 // pass prefetches plan, and puts what of it is of objects that are not open into closed, unless that is nil.
-func (p *prefetch) pass(ctx context.Context, plan []image.Range, objects []*object, closed map[*object][]image.Range) {
-	lost := map[*object]bool{} // permanently failing: no use going on with these
+func (p *prefetch) pass(ctx context.Context, plan []image.Range, objects []*object, closed map[*object][]image.Range) error {
+	lost := map[*object]error{} // permanently failing: no use going on with these
 	for _, r := range plan {
-		if r.Blob < 0 || r.Blob >= len(objects) || lost[objects[r.Blob]] {
+		if r.Blob < 0 || r.Blob >= len(objects) || lost[objects[r.Blob]] != nil {
 			continue
 		}
 		o := objects[r.Blob]
@@ -114,35 +144,43 @@ func (p *prefetch) pass(ctx context.Context, plan []image.Range, objects []*obje
 		err := p.bring(ctx, o, span{first, last})
 		switch {
 		case ctx.Err() != nil:
-			return
+			return nil
 		case errors.Is(err, fscache.ErrNotOpen) && closed != nil:
 			closed[o] = append(closed[o], r)
 		case errors.Is(err, fscache.ErrNoSpace):
 			p.log.Warn("prefetch stops: no space left in the cache", zap.Error(err))
-			return
+			return err
 		case err != nil:
-			lost[o] = true
+			lost[o] = err
 			p.log.Warn("prefetch of an object stops", zap.Stringer("object", o.key), zap.Error(err))
 		}
 	}
+	return errors.Join(slices.Collect(maps.Values(lost))...)
 }
 
 // bring makes s present step by step.
 func (p *prefetch) bring(ctx context.Context, o *object, s span) error {
-	for !s.empty() {
+	g, ctx := errgroup.WithContext(ctx)
+	g.SetLimit(p.lanes)
+	for !s.empty() && ctx.Err() == nil {
 		_, last := o.table.Range(o.table.At(s.first).Offset, p.step)
 		step := span{s.first, min(last, s.last)}
-		mismatches := 0
-		for !o.has(step) {
-			err := p.turn(ctx, o, step)
-			if wrongBytes(err) {
-				mismatches++
-			}
-			if err != nil && (ctx.Err() != nil || hopeless(err, mismatches) || errors.Is(err, fscache.ErrNotOpen)) {
-				return err
-			}
-		}
+		g.Go(func() error { return p.bringStep(ctx, o, step) })
 		s.first = step.last
+	}
+	return g.Wait()
+}
+
+func (p *prefetch) bringStep(ctx context.Context, o *object, step span) error {
+	mismatches := 0
+	for !o.has(step) {
+		err := p.turn(ctx, o, step)
+		if wrongBytes(err) {
+			mismatches++
+		}
+		if err != nil && (ctx.Err() != nil || hopeless(err, mismatches) || errors.Is(err, fscache.ErrNotOpen)) {
+			return err
+		}
 	}
 	return nil
 }

@@ -1,7 +1,6 @@
 package daemon
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -9,6 +8,7 @@ import (
 	"go.uber.org/zap"
 
 	"holdfast/fscache"
+	"holdfast/rafs"
 	"holdfast/state"
 )
 
@@ -21,7 +21,7 @@ import (
 func (d *Daemon) settle(ctx context.Context, o *object) error {
 	if d.given != nil {
 		p := d.given[o.key]
-		d.adopt(o, o.epoch, p.spans(o))
+		d.find(o, p.spans(o))
 		return nil
 	}
 	extents, err := d.engine.Present(o.key)
@@ -40,6 +40,7 @@ func (d *Daemon) settle(ctx context.Context, o *object) error {
 	if known.Table != "" && known.Table != o.print && !d.readsBack(o.key) {
 		return fmt.Errorf("object %s: what is cached was described differently by another image, and the engine cannot check it; mount this image in another domain: %w", o.key, errConflict)
 	}
+	known.Stamp = "" // which is of no use here: it says nothing of an incomplete file
 	if known != want {
 		whole, err = d.verify(ctx, o, whole)
 		switch {
@@ -53,7 +54,7 @@ func (d *Daemon) settle(ctx context.Context, o *object) error {
 			}
 		}
 	}
-	d.adopt(o, o.epoch, whole)
+	d.find(o, whole)
 	return nil
 }
 
@@ -65,10 +66,12 @@ func (d *Daemon) readsBack(k fscache.Key) bool {
 }
 
 // covered returns the chunks all of whose blocks lie in extents, as runs.
-func (o *object) covered(extents []fscache.Extent) (whole []span) {
+func (o *object) covered(extents []fscache.Extent) []span { return covered(o.table, extents) }
+
+func covered(t *rafs.Table, extents []fscache.Extent) (whole []span) {
 	e := 0
-	for i := range o.table.Len() {
-		c := o.table.At(i)
+	for i := range t.Len() {
+		c := t.At(i)
 		for e < len(extents) && extents[e].Off+extents[e].Len <= int64(c.Offset) {
 			e++
 		}
@@ -105,7 +108,7 @@ func (d *Daemon) verify(ctx context.Context, o *object, whole []span) (good []sp
 				return nil, err
 			case !ok:
 				wrong++
-				if err := d.drop(o, i); err != nil {
+				if err := d.dropWrong(o, i); err != nil {
 					return nil, err
 				}
 			case len(good) > 0 && good[len(good)-1].last == i:
@@ -123,22 +126,24 @@ func (d *Daemon) verify(ctx context.Context, o *object, whole []span) (good []sp
 
 // intact reports whether a cached chunk has the bytes its row says.
 func (d *Daemon) intact(o *object, i int) (bool, error) {
-	c := o.table.At(i)
-	p := getBuffer(int(c.End() - c.Offset))
-	defer p.free()
-	if err := d.engine.ReadAt(o.key, p.b, int64(c.Offset)); err != nil {
-		return false, fmt.Errorf("read back %s, %d bytes at %d: %w", o.key, len(p.b), c.Offset, err)
-	}
-	data, pad := p.b[:c.Size], p.b[c.Size:]
-	if c.Zero() {
-		pad = p.b
-	}
-	for ; len(pad) > 0; pad = pad[min(len(pad), maxBatch):] {
-		if n := min(len(pad), maxBatch); !bytes.Equal(pad[:n], zeros().b[:n]) {
-			return false, nil
+	return intact(o.table, i, func(p []byte, off int64) error {
+		if err := d.engine.ReadAt(o.key, p, off); err != nil {
+			return fmt.Errorf("read back %s, %d bytes at %d: %w", o.key, len(p), off, err)
 		}
+		return nil
+	})
+}
+
+// dropWrong makes a hole of a chunk with wrong bytes, unless a mount would read the hole that nobody serves.
+func (d *Daemon) dropWrong(o *object, i int) error {
+	dir, err := d.usedOffline(o.key)
+	if err != nil {
+		return err
 	}
-	return c.Zero() || o.table.Algo().Sum(data) == c.Digest, nil
+	if dir != "" {
+		return fmt.Errorf("object %s has wrong bytes at %d in the cache, and what was mounted on %s without a daemon reads them: unmount that first: %w", o.key, o.table.At(i).Offset, dir, errConflict)
+	}
+	return d.drop(o, i)
 }
 
 func (d *Daemon) drop(o *object, i int) error {
@@ -147,6 +152,15 @@ func (d *Daemon) drop(o *object, i int) error {
 		return fmt.Errorf("drop wrong bytes of %s at %d: %w", o.key, c.Offset, err)
 	}
 	return nil
+}
+
+// find adopts what settle found, for the index too. What an object's later openings bring back is not looked up there: it was
+// when it was first seen.
+func (d *Daemon) find(o *object, whole []span) {
+	d.adopt(o, o.epoch, whole)
+	for _, s := range whole {
+		d.index.add(o, s)
+	}
 }
 
 // adopt marks chunks present that the cache file was found to hold.

@@ -4,11 +4,14 @@ import (
 	"context"
 	"errors"
 	"slices"
+	"strings"
 	"testing"
+	"time"
 
 	"holdfast/fscache"
 	"holdfast/fscache/simkernel"
 	"holdfast/rafs"
+	"holdfast/state"
 )
 
 func TestImagesThatDisagreeAboutABlobDoNotShareIt(t *testing.T) {
@@ -117,5 +120,78 @@ func TestCheckThatCouldNotBeMadeIsNotTakenAsMade(t *testing.T) {
 		}
 		unmount()
 		r.close()
+	}
+}
+
+func TestWrongBytesUnderAnOfflineMountAreNotMadeAHole(t *testing.T) {
+	root, k := t.TempDir(), simkernel.New(simkernel.Fanotify)
+	b := newBlob("aa", 1, rafs.CodecNone, many(4, 64*kib)...)
+	r := rigOver(t, k, root, nil)
+	r.d.boot = "another boot"
+	unmount := r.mount(nil, b)
+	r.wantOK(b, 0, 4*64*kib)
+	unmount()
+	r.close()
+	tamper(t, k, b, make([]byte, 4*kib), 64*kib)
+	r = rigOver(t, k, root, nil)
+	defer r.close()
+	// What its image is cannot be told any more: it may use anything of its domain.
+	m := state.Mount{ID: "m1", Image: "sha256:" + strings.Repeat("0", 64), Dir: "/mnt/x", Domain: b.key.Domain, Boot: r.d.boot, Stage: state.StageOffline}
+	if err := r.d.state.UpdateMount(m); err != nil {
+		t.Fatal(err)
+	}
+	_, err := r.d.hold(t.Context(), b.key, b.table, b, &gate{})
+	if !errors.Is(err, errConflict) || !strings.Contains(err.Error(), m.Dir) || r.e.dropped != 0 {
+		t.Errorf("%v, %d chunks dropped; want errConflict that names %s, and none", err, r.e.dropped, m.Dir)
+	}
+	if err := r.d.state.ForgetMount(m.ID); err != nil {
+		t.Fatal(err)
+	}
+	defer r.mount(nil, b)()
+	if r.e.dropped != 1 {
+		t.Errorf("%d chunks dropped once it is gone, want the wrong one", r.e.dropped)
+	}
+}
+
+func TestOfflineMountsOnRecordAreLeftAloneAndGoWithTheirBoot(t *testing.T) {
+	root, k := t.TempDir(), simkernel.New(simkernel.Fanotify)
+	r := rigOver(t, k, root, nil)
+	boot := r.d.boot
+	for _, m := range []state.Mount{{ID: "m1", Dir: "/mnt/x", Boot: boot, Stage: state.StageOffline}, {ID: "m2", Dir: "/mnt/y", Boot: "another boot", Stage: state.StageOffline}} {
+		if err := r.d.state.UpdateMount(m); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := r.d.restore(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	defer r.close()
+	got, err := r.d.state.Mounts()
+	if err != nil || len(got) != 1 || got[0].ID != "m1" || !r.d.mounts.empty() || len(r.d.earlier) != 0 {
+		t.Errorf("after restore: %+v on record (%v), the table empty: %v, to be mounted again: %+v; want m1 on record and nothing else", got, err, r.d.mounts.empty(), r.d.earlier)
+	}
+}
+
+func TestOfflineMountIsNotTakenForWhatWasOnItsDirectoryBefore(t *testing.T) {
+	root, k := t.TempDir(), simkernel.New(simkernel.Fanotify)
+	for name, fresh := range map[string]bool{"under the same lifeline": false, "under another": true} {
+		t.Run(name, func(t *testing.T) {
+			r := rigOver(t, k, root, func(o *Options) { o.Fresh = fresh })
+			defer r.close()
+			const dir = "/mnt/x"
+			r.d.mountPoints = func() (map[string]string, error) { return map[string]string{dir: fsType}, nil }
+			before := state.Mount{ID: "m1", Image: "sha256:" + strings.Repeat("0", 64), Dir: dir, Boot: r.d.boot, Created: time.Unix(1, 0)}
+			offline := state.Mount{ID: "m2", Dir: dir, Boot: r.d.boot, Created: time.Unix(2, 0), Stage: state.StageOffline}
+			if err := errors.Join(r.d.state.UpdateMount(before), r.d.state.UpdateMount(offline)); err != nil {
+				t.Fatal(err)
+			}
+			if err := r.d.restore(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			got, err := r.d.state.Mounts()
+			if err != nil || len(got) != 1 || got[0].ID != "m2" || !r.d.mounts.empty() || len(r.d.lost) != 0 {
+				t.Errorf("on record: %+v (%v), the table empty: %v, lost: %v; want the one without a daemon on record and nothing else", got, err, r.d.mounts.empty(), r.d.lost)
+			}
+		})
 	}
 }

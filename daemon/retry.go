@@ -34,6 +34,7 @@ type backoff struct {
 	n     int       // failures in a row
 	last  time.Time // of the last one
 	until time.Time
+	err   error // the last one
 }
 
 func (b *backoff) reset() { *b = backoff{} }

@@ -12,6 +12,7 @@ import (
 // counters count over all objects, those of images unmounted since included.
 type counters struct {
 	served     atomic.Int64 // bytes of requests answered OK
+	copied     atomic.Int64 // bytes that were in other objects of a domain
 	mismatches atomic.Int64 // batches of chunks with wrong bytes
 	failures   atomic.Int64 // fetches that failed
 	refused    atomic.Int64 // requests answered with an error
@@ -59,6 +60,7 @@ type Status struct {
 	OldestAge time.Duration `json:"oldest_pending_ns"` // how long the oldest has waited
 
 	Fetched    int64 `json:"fetched"`    // from sources
+	Copied     int64 `json:"copied"`     // of chunks that the cache had in another object of the domain, instead of being fetched
 	Served     int64 `json:"served"`     // of requests answered with data
 	Mismatches int64 `json:"mismatches"` // chunks that came with wrong bytes, none of which was written
 	Failures   int64 `json:"failures"`   // fetches that failed
@@ -83,6 +85,7 @@ type ObjectStatus struct {
 	Present  int64  `json:"present"`
 	InFlight int64  `json:"in_flight"`
 	Fetched  int64  `json:"fetched"`
+	Copied   int64  `json:"copied"` // from other objects of the domain
 	Served   int64  `json:"served"`
 }
 
@@ -93,7 +96,7 @@ func (d *Daemon) status() Status {
 		Release: d.opt.Release, PID: os.Getpid(), Started: d.started,
 		Engine: d.engine.Name(), EngineReason: d.opt.EngineReason, Root: d.opt.Root, ReadDeadline: d.opt.ReadDeadline,
 		Mounts: len(d.mounts.list()), Damaged: d.damaged, Lost: d.lost, Pending: n,
-		Served: d.count.served.Load(), Mismatches: d.count.mismatches.Load(),
+		Copied: d.count.copied.Load(), Served: d.count.served.Load(), Mismatches: d.count.mismatches.Load(),
 		Failures: d.count.failures.Load(), Refused: d.count.refused.Load(),
 		Sources: d.sources.status(), Objects: []ObjectStatus{},
 	}
@@ -107,7 +110,7 @@ func (d *Daemon) status() Status {
 		present, flying := o.presentBytes()
 		s.Objects = append(s.Objects, ObjectStatus{
 			Domain: o.key.Domain, ID: o.key.ID, Size: o.size(), Present: present, InFlight: flying,
-			Fetched: o.fetched.Load(), Served: o.served.Load(),
+			Fetched: o.fetched.Load(), Copied: o.copied.Load(), Served: o.served.Load(),
 		})
 	}
 	slices.SortFunc(s.Objects, func(a, b ObjectStatus) int {

@@ -32,6 +32,7 @@ type transfer struct {
 	demand *demand         // of the reader who waits; nil when there is none, or it was answered
 	want   span            // the demand's, also afterwards
 	wanted <-chan struct{} // closed when a reader waits for what is claimed
+	from   map[int]place   // where the cache has chunks of it
 	in     stream
 }
 
@@ -123,13 +124,21 @@ func (t *transfer) batch(s span) batch {
 // land is the order in which a byte becomes visible (I3): it is verified, then written, then marked, and only then is who
 // waits for it answered.
 func (t *transfer) land(ctx context.Context, b batch) error {
-	p, err := t.verified(ctx, b)
-	if err != nil {
-		return err
+	p := t.copied(b)
+	copied := p != nil
+	if !copied {
+		var err error
+		if p, err = t.verified(ctx, b); err != nil {
+			return err
+		}
 	}
 	defer p.free()
 	if err := t.write(b, p.b); err != nil {
 		return err
+	}
+	if copied {
+		t.o.copied.Add(int64(b.end - b.off))
+		t.count.copied.Add(int64(b.end - b.off))
 	}
 	ready, complete := t.o.mark(b.span, t.epoch, t.want)
 	if ready && t.demand != nil {
@@ -139,6 +148,7 @@ func (t *transfer) land(ctx context.Context, b batch) error {
 	if complete {
 		t.finish(t.o)
 	}
+	t.index.add(t.o, b.span)
 	return nil
 }
 
@@ -188,12 +198,14 @@ func (t *transfer) write(b batch, p []byte) error {
 // the kernel asks for, and the daemon answers.
 func (f *filler) finish(o *object) {
 	o.completing.Add(1)
+	epoch := o.current()
 	f.background.Go(func() {
 		defer o.completing.Done()
 		err := f.engine.Sync(o.key)
 		if err == nil {
 			err = f.engine.Complete(o.key)
 		}
+		o.ended(epoch, err)
 		if err != nil && !errors.Is(err, fscache.ErrUnknown) { // unmounted meanwhile
 			f.log.Error("object is complete but cannot be left to the kernel", zap.Stringer("object", o.key), zap.Error(err))
 		}

@@ -1,7 +1,7 @@
 // Package fscache is the kernel's side of holdfast behind one interface: an [Engine] hands out the kernel's requests for
 // data and takes the answers. The engines are fscache/cachefiles (EROFS over fscache, Linux 5.19 to 7.1),
 // fscache/fanotify (file-backed EROFS under pre-content marks, Linux 6.14 on) and fscache/simkernel, the fake that tests
-// drive; all pass the suite in fscache/enginetest.
+// drive; all pass the suite in fscache/enginetest. Package fscache/plain is for complete cache files with no engine.
 //
 // It never fetches or decodes data, and never knows what an image is: it moves verified bytes to where the kernel reads
 // them.

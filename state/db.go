@@ -131,6 +131,22 @@ func (d *DB) RecordObject(o Object) error {
 	return err
 }
 
+// StampObject records that all of an object was found right and has been synced: Boot, Table and Stamp of o. What else is on record of it
+// stays.
+func (d *DB) StampObject(o Object) error {
+	return d.update("record object "+o.ID, func(tx *bbolt.Tx) error {
+		key := objectKey(o.Domain, o.ID)
+		known := Object{Domain: o.Domain, ID: o.ID}
+		if v := tx.Bucket(bucketObjects).Get([]byte(key)); v != nil {
+			if err := decode(v, &known); err != nil {
+				return err
+			}
+		}
+		known.Boot, known.Table, known.Stamp = o.Boot, o.Table, o.Stamp
+		return put(tx, bucketObjects, key, known)
+	})
+}
+
 // Object returns the record of an object; the zero Object when there is none.
 func (d *DB) Object(domain, id string) (o Object, err error) {
 	err = d.db.View(func(tx *bbolt.Tx) error {

@@ -194,8 +194,12 @@ func (f *boltFile) tree(id uint64, in bounds, depth int) error {
 	if err != nil {
 		return err
 	}
-	if flags, n := flagsAndCount(p); flags != flagBranch || n == 0 {
+	flags, n := flagsAndCount(p)
+	if flags != flagBranch {
 		return f.leaf(p, in, depth)
+	}
+	if n < 2 {
+		return damagef("page %d is a branch with %d pages below it", id, n) // bbolt makes none, and panics when it removes from below one (node.rebalance)
 	}
 	all, err := elements(p, in)
 	if err != nil {

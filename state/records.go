@@ -28,6 +28,9 @@ type Stage string
 const (
 	StageAgain  Stage = "again"  // was mounted in an earlier boot, and is being mounted in this one: if it is not there, it never was
 	StageLinger Stage = "linger" // was unmounted, and is still used in another mount namespace
+
+	// StageOffline was mounted without a daemon, or is being so: cache files that a daemon has nothing to do with, and must leave as they are.
+	StageOffline Stage = "offline"
 )
 
 // An Image is a saved image on record.
@@ -44,6 +47,9 @@ type Object struct {
 	ID     string `json:"id"`
 	Boot   string `json:"boot"`  // boot id
 	Table  string `json:"table"` // fingerprint
+
+	// Stamp is that of the cache file when all of it was found right and had been synced, also across boots; "": it was not.
+	Stamp string `json:"stamp,omitempty"`
 }
 
 // valueVersion is the first byte of every value; JSON follows.

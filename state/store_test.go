@@ -122,6 +122,27 @@ func TestEveryFlippedBitGivesAStoreThatWorksOrAnError(t *testing.T) {
 	}
 }
 
+// bbolt takes such a page, and panics when it removes something below it.
+func TestBranchWithOnePageBelowItIsDamage(t *testing.T) {
+	found := 0
+	for name, sound := range soundFiles(t) {
+		for page := 0; page+pageHeader <= len(sound); page += 4096 {
+			if flags, n := flagsAndCount(sound[page:]); flags != flagBranch || n < 2 {
+				continue
+			}
+			b := bytes.Clone(sound)
+			binary.NativeEndian.PutUint16(b[page+10:], 1)
+			if isDamage(checkPages(bytes.NewReader(b), int64(len(b)))) { // else it is a page that is not used any more
+				found++
+			}
+			useDamaged(t, name, b, fmt.Sprintf("page %d has one page below it", page/4096))
+		}
+	}
+	if found == 0 {
+		t.Error("of no file with a branch is that damage")
+	}
+}
+
 func TestEveryTruncationGivesAStoreThatWorksOrAnError(t *testing.T) {
 	for name, sound := range soundFiles(t) {
 		for n := 0; n < len(sound); n += 1000 {

@@ -4,11 +4,11 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"strings"
 
 	"go.uber.org/zap"
 
+	"holdfast/daemon"
 	"holdfast/fscache"
 	"holdfast/fscache/cachefiles"
 	"holdfast/fscache/fanotify"
@@ -101,11 +101,9 @@ func chooseEngine(asked, root string, unsafe bool, inherited map[string]*os.File
 
 // tryEngine tries an engine in its cache directory below root, which is made.
 func tryEngine(k engineKind, root string, unsafe bool) error {
-	dir := cacheDir(root, k.name)
+	dir := daemon.CacheDir(root, k.name)
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
 	}
 	return k.try(dir, unsafe)
 }
-
-func cacheDir(root, engine string) string { return filepath.Join(root, "cache", engine) }

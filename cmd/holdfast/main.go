@@ -60,7 +60,7 @@ func newApp(stdout, stderr io.Writer) *cli.App {
 		Flags:  globalFlags(),
 		Before: loadConfig,
 		Commands: []*cli.Command{
-			serveCommand(), keepCommand(), convertCommand(), checkCommand(), inspectCommand(), mountCommand(), umountCommand(),
+			serveCommand(), keepCommand(), convertCommand(), checkCommand(), inspectCommand(), mountCommand(), umountCommand(), prefetchCommand(), exportCommand(),
 			imagesCommand(), statusCommand(), upgradeCommand(), stateCommand(), drillCommand(), doctorCommand(), versionCommand(),
 		},
 		Action: func(c *cli.Context) error {

@@ -57,6 +57,8 @@ func (m *meter) converting(p convert.Progress) {
 
 func (m *meter) checking(p image.Progress) { m.show(int64(p.Done), int64(p.Total), "check") }
 
+func (m *meter) exporting(p image.Progress) { m.show(int64(p.Done), int64(p.Total), "export") }
+
 // show takes note of done of total bytes, or of an unknown number if total is 0.
 func (m *meter) show(done, total int64, what string) {
 	rate := fmt.Sprintf("%s/s", human(int64(float64(done)/max(time.Since(m.started).Seconds(), 0.001))))

@@ -181,7 +181,7 @@ func opener(c *cli.Context, o daemon.Options, reserved *fanotify.Reservation) fu
 			return nil, fmt.Errorf("open engine %q: this release has %s", name, engineNames())
 		}
 		e, err := engineKinds[i].open(engineConfig{
-			dir: cacheDir(o.Root, name), inherited: in, inbox: inbox, holder: h, reserved: reserved,
+			dir: daemon.CacheDir(o.Root, name), inherited: in, inbox: inbox, holder: h, reserved: reserved,
 			unsafe: c.Bool("allow-unsafe-kernel"), log: o.Log.Named(name),
 		})
 		if err != nil {

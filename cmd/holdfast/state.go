@@ -71,7 +71,11 @@ func exportState(c *cli.Context) error {
 	t := tabwriter.NewWriter(c.App.Writer, 0, 0, 2, ' ', 0)
 	fmt.Fprintf(t, "state.db\tschema %d, by %s\n", r.State.Schema, r.State.Release)
 	for _, m := range r.State.Mounts {
-		fmt.Fprintf(t, "  mount\t%s on %s in domain %s, boot %s\n", m.Ref, m.Dir, m.Domain, m.Boot)
+		stage := ""
+		if m.Stage != "" {
+			stage = ", stage " + string(m.Stage)
+		}
+		fmt.Fprintf(t, "  mount\t%s on %s in domain %s, boot %s%s\n", m.Ref, m.Dir, m.Domain, m.Boot, stage)
 	}
 	for _, i := range r.State.Images {
 		fmt.Fprintf(t, "  image\t%s %s\n", i.Digest, i.Ref)

@@ -15,9 +15,14 @@ import (
 func imagesCommand() *cli.Command {
 	return &cli.Command{
 		Name: "images", Usage: "list the images that the daemon knows",
-		Description: "Example:\n   holdfast images --json",
-		Flags:       []cli.Flag{jsonFlag()},
+		Description: "With --dedup it shows of the mounted images how much of each other images of its domain share, and for each domain and the host what " +
+			"the cache would hold more if nothing were shared. Copied are chunks that another object of the domain had, so that they were not fetched.\n\n" +
+			"Example:\n   holdfast images --dedup --json",
+		Flags: []cli.Flag{jsonFlag(), &cli.BoolFlag{Name: "dedup", Usage: "show what is shared and saved, per image, domain and host"}},
 		Action: func(c *cli.Context) error {
+			if c.Bool("dedup") {
+				return show(c, (*daemon.Client).Dedup, printSharing)
+			}
 			return show(c, (*daemon.Client).Images, func(t *tabwriter.Writer, list []daemon.ImageInfo) {
 				fmt.Fprintln(t, "IMAGE\tREF\tSIZE\tCACHED\tMOUNTED ON")
 				for _, i := range list {
@@ -26,6 +31,21 @@ func imagesCommand() *cli.Command {
 			})
 		},
 	}
+}
+
+func printSharing(t *tabwriter.Writer, s daemon.Sharing) {
+	fmt.Fprintln(t, "IMAGE\tREF\tDOMAIN\tSIZE\tSHARED\tCOPIED")
+	for _, i := range s.Images {
+		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\n", i.Digest, i.Ref, i.Domain, human(i.Size), human(i.Shared), human(i.Copied))
+	}
+	fmt.Fprintln(t, "\nDOMAIN\tIMAGES\tOBJECTS\tSIZE\tSHARED\tSAVED\tCOPIED")
+	row := func(name string, s daemon.SharingSums) {
+		fmt.Fprintf(t, "%s\t%d\t%d\t%s\t%s\t%s\t%s\n", name, s.Images, s.Objects, human(s.Size), human(s.Shared), human(s.Saved), human(s.Copied))
+	}
+	for _, d := range s.Domains {
+		row(d.Domain, d.SharingSums)
+	}
+	row("(host)", s.Host)
 }
 
 func statusCommand() *cli.Command {
@@ -56,7 +76,7 @@ func printStatus(t *tabwriter.Writer, s statusAnswer) {
 	fmt.Fprintf(t, "release\t%s, process %d, for %v\n", s.Release, s.PID, time.Since(s.Started).Round(time.Second))
 	fmt.Fprintf(t, "engine\t%s (%s)\n", s.Engine, s.EngineReason)
 	fmt.Fprintf(t, "requests\t%d pending, the oldest for %v\n", s.Pending, s.OldestAge.Round(time.Millisecond))
-	fmt.Fprintf(t, "data\t%s fetched, %s served\n", human(s.Fetched), human(s.Served))
+	fmt.Fprintf(t, "data\t%s fetched, %s copied from other images, %s served\n", human(s.Fetched), human(s.Copied), human(s.Served))
 	fmt.Fprintf(t, "errors\t%d wrong chunks, %d failed fetches, %d requests refused\n", s.Mismatches, s.Failures, s.Refused)
 	for _, d := range s.Damaged {
 		fmt.Fprintf(t, "damaged\t%s\n", d)
@@ -66,6 +86,9 @@ func printStatus(t *tabwriter.Writer, s statusAnswer) {
 	}
 	for _, m := range s.Mounts {
 		fmt.Fprintf(t, "mount\t%s on %s\n", m.Ref, m.Dir)
+		if m.Offline {
+			fmt.Fprintf(t, "\tmounted without a daemon\n")
+		}
 		if m.Broken != "" {
 			fmt.Fprintf(t, "\tcannot be served: %s\n", m.Broken)
 		}

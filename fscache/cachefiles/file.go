@@ -51,16 +51,35 @@ func (e *Engine) onFile(o *object, flags int, op func(f *os.File) error) error {
 	return errors.Join(op(f), f.Close())
 }
 
-// openFile looks for the file by its name in every directory it can be in: DIR/cache/I<volume key>/@<hash>/D<cookie key>
-// (cache.c, volume.c, key.c: keys of printable characters stand as they are). o.file.mu is held.
+// pathIn is where the cache in dir has an object's file, for one value of the hash: DIR/cache/I<volume key>/@<hash>/D<cookie key>
+// (cache.c, volume.c, key.c: keys of printable characters stand as they are).
+func pathIn(dir string, k fscache.Key, fan int) string {
+	return filepath.Join(dir, "cache", "I"+volumePrefix+volumeOf(k.Domain), fmt.Sprintf("@%02x", fan), "D"+k.ID)
+}
+
+// CacheFile is where a cache in dir has the file of an object that the kernel does not have open. There may be none, with an error that
+// wraps os.ErrNotExist.
+func CacheFile(dir string, k fscache.Key) (string, error) {
+	if err := errors.Join(checkName("domain", k.Domain, maxDomain), checkName("object id", k.ID, maxID)); err != nil {
+		return "", err
+	}
+	for fan := range fans {
+		path := pathIn(dir, k, fan)
+		if _, err := os.Lstat(path); !errors.Is(err, os.ErrNotExist) {
+			return path, err
+		}
+	}
+	return "", fmt.Errorf("cache file of object %s: %w", k, os.ErrNotExist)
+}
+
+// openFile looks for the file by its name in every directory it can be in. o.file.mu is held.
 func (e *Engine) openFile(o *object, flags int) (*os.File, error) {
-	volume := filepath.Join(e.dir.Name(), "cache", "I"+volumePrefix+volumeOf(o.key.Domain))
 	first, last := o.file.fan-1, o.file.fan
 	if o.file.fan == 0 {
 		first, last = 0, fans
 	}
 	for fan := first; fan < last; fan++ {
-		path := filepath.Join(volume, fmt.Sprintf("@%02x", fan), "D"+o.key.ID)
+		path := pathIn(e.dir.Name(), o.key, fan)
 		f, err := os.OpenFile(path, flags|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 		if errors.Is(err, os.ErrNotExist) {
 			continue

@@ -7,6 +7,8 @@ import (
 	"os"
 
 	"golang.org/x/sys/unix"
+
+	"holdfast/fscache/internal/erofs"
 )
 
 // Available says whether this engine can work with its cache in dir, by trying: holes of single blocks, a pre-content group, a mark on a file in
@@ -56,7 +58,7 @@ func available(dir string) error {
 	if err != nil {
 		return fmt.Errorf("fanotify_mark: %w", err)
 	}
-	mount, err := newMount(f.Name(), nil)
+	mount, err := erofs.NewFromFiles(f.Name(), nil)
 	if err != nil {
 		return err
 	}

@@ -48,7 +48,7 @@ func (e *Engine) mount(m fscache.Mount) error {
 		}
 		devices = append(devices, o.path)
 	}
-	fd, err := newMount(m.BootstrapPath, devices)
+	fd, err := erofs.NewFromFiles(m.BootstrapPath, devices)
 	if err != nil {
 		return err
 	}
@@ -64,24 +64,6 @@ func (e *Engine) prepare(o *object) error {
 		return fmt.Errorf("object %s: %w", o.key, fscache.ErrUnknown)
 	}
 	return e.watch(o)
-}
-
-// newMount makes a mount of an EROFS image in plain files that is not attached anywhere, and returns its descriptor. The
-// kernel opens the files by these names.
-func newMount(bootstrap string, devices []string) (int, error) {
-	options := []erofs.Option{{Name: "source", Value: bootstrap}}
-	for _, d := range devices {
-		options = append(options, erofs.Option{Name: "device", Value: d})
-	}
-	fd, err := erofs.New(options)
-	var refused *erofs.RefusedError
-	switch {
-	case errors.Is(err, unix.ENOTBLK):
-		return -1, fmt.Errorf("the kernel cannot mount EROFS from a file (CONFIG_EROFS_FS_BACKED_BY_FILE, Linux 6.12): %w", err)
-	case errors.As(err, &refused):
-		return -1, fmt.Errorf("%w (the kernel log may say why: dmesg | grep erofs)", err)
-	}
-	return fd, err
 }
 
 // Unmount implements fscache.Engine.

@@ -354,3 +354,11 @@ func (o *object) close() error {
 	}
 	return err
 }
+
+// CacheFile is where an engine with its cache in dir has the cache file of an object.
+func CacheFile(dir string, k fscache.Key) (string, error) {
+	if err := errors.Join(checkName("domain", k.Domain), checkName("object id", k.ID)); err != nil {
+		return "", err
+	}
+	return filepath.Join(dir, k.Domain, k.ID), nil
+}

@@ -261,7 +261,7 @@ func TestZerosAreStoredOncePerSizeAndNeverAHole(t *testing.T) {
 
 func TestChunkEqualToOneOfEarlierLayerIsNotStored(t *testing.T) {
 	o := small
-	o.Dedup = NewDedup()
+	o.Dedup = NewDedup(nil, 0)
 	a, b := bytes.Repeat([]byte("a"), 5000), bytes.Repeat([]byte("b"), 5000)
 	_, first, _ := write(t, [][]byte{a, a}, nil, o)
 	o.Blob = 2

@@ -105,7 +105,7 @@ func NewWriter(out io.Writer, o Options) (*Writer, error) {
 		o.Workers = runtime.GOMAXPROCS(0)
 	}
 	if o.Dedup == nil {
-		o.Dedup = NewDedup()
+		o.Dedup = NewDedup(nil, 0)
 	}
 	n := o.Workers + 3 // one being filled, one being committed, one waiting
 	w := &Writer{

@@ -86,6 +86,16 @@ func (m blobMap) pick(blobs []rafs.BlobInfo) []rafs.BlobInfo {
 	return out
 }
 
+// after counts the blobs with numbers above own that m does not leave out.
+func (m blobMap) after(own int) (n int) {
+	for _, to := range m[own+1:] {
+		if to != 0 {
+			n++
+		}
+	}
+	return n
+}
+
 // eachFile calls fn once for every regular file with content.
 func eachFile(root *tree.Node, fn func(*tree.Inode)) error {
 	seen := make(map[*tree.Inode]bool)
@@ -152,16 +162,21 @@ func (j *imageJob) layerBootstrap(w *blob.Writer, root *tree.Node) ([]byte, erro
 	if err != nil {
 		return nil, err
 	}
-	infos := append(j.infos(), own)
-	m, err := mapBlobs(root, len(infos), len(infos))
+	infos, n := j.infos(), len(j.blobs)+1
+	infos[n-1] = own
+	m, err := mapBlobs(root, n, len(infos))
 	if err != nil {
 		return nil, err
 	}
 	if err := m.apply(root); err != nil {
 		return nil, err
 	}
+	blobs := m.pick(infos)
+	if err := checkCount(len(blobs), len(blobs)-m.after(j.own)); err != nil {
+		return nil, err
+	}
 	boot, err := bootstrap.Write(&bootstrap.Image{
-		Root: root, Blobs: m.pick(infos), ChunkSize: j.o.ChunkSize, Codec: j.o.Codec, Digest: j.o.Digest,
+		Root: root, Blobs: blobs, ChunkSize: j.o.ChunkSize, Codec: j.o.Codec, Digest: j.o.Digest,
 	})
 	if err != nil {
 		return nil, err
@@ -169,11 +184,14 @@ func (j *imageJob) layerBootstrap(w *blob.Writer, root *tree.Node) ([]byte, erro
 	return boot, m.inverse().apply(root)
 }
 
-// infos describes the blobs written so far.
+// infos describes the image's own blobs, those that are not written yet by nothing, and the dictionary's.
 func (j *imageJob) infos() []rafs.BlobInfo {
-	var infos []rafs.BlobInfo
-	for _, b := range j.blobs {
-		infos = append(infos, b.info)
+	infos := make([]rafs.BlobInfo, j.own, j.own+len(j.dictBlobs))
+	for i, b := range j.blobs {
+		infos[i] = b.info
+	}
+	for _, b := range j.dictBlobs {
+		infos = append(infos, b.Info)
 	}
 	return infos
 }

@@ -30,6 +30,10 @@ type Options struct {
 	Prefetch  []string        // absolute paths of files and directories to be fetched first, most important first
 	Progress  func(Progress)  // called about ten times a second and at the end, from one goroutine at a time; may be nil
 	Keychain  authn.Keychain  // credentials for registries; nil: the Docker configuration file and its helpers
+
+	// Dictionary are blobs of other images whose chunks are referred to instead of stored. Those that the result needs become
+	// layers of it, and are stored with it where they are not there yet. All must have the ChunkSize and Digest given here.
+	Dictionary []DictionaryBlob
 }
 
 // A Result is an image as it was written.
@@ -43,9 +47,10 @@ type Result struct {
 
 // An ImageResult is the image of one platform.
 type ImageResult struct {
-	Platform      string // "linux/amd64"
-	Digest        string // "sha256:<hex>" of its manifest
-	Blobs         []rafs.BlobInfo
+	Platform      string          // "linux/amd64"
+	Digest        string          // "sha256:<hex>" of its manifest
+	Blobs         []rafs.BlobInfo // its own, and those of the dictionary that it refers to
+	Dictionary    DictionaryUse
 	SkippedXattrs int // extended attributes in name spaces that EROFS has no room for, left out
 }
 
@@ -96,6 +101,8 @@ type conversion struct {
 	platforms []ocispec.Platform
 	out       output
 	meter     *progressMeter
+	dict      *blob.Dictionary // nil: none
+	dictBlobs []DictionaryBlob // its blobs, in its order
 }
 
 func newConversion(o Options) (*conversion, error) {
@@ -123,7 +130,7 @@ func newConversion(o Options) (*conversion, error) {
 	if c.o.Keychain == nil {
 		c.o.Keychain = authn.DefaultKeychain
 	}
-	return c, nil
+	return c, c.makeDictionary()
 }
 
 func (c *conversion) openOutput() (output, error) {
@@ -186,14 +193,14 @@ func (c *conversion) run(ctx context.Context, images []inputImage) (*Result, err
 	res := &Result{Ref: c.o.Dest}
 	var docs []document
 	for i, img := range images {
-		j := &imageJob{conversion: c, number: i + 1, dedup: blob.NewDedup(), root: tree.NewRoot()}
+		j := &imageJob{conversion: c, number: i + 1, own: len(img.layers), dedup: blob.NewDedup(c.dict, len(img.layers)+1), root: tree.NewRoot()}
 		manifest, err := j.convert(ctx, img)
 		if err != nil {
 			return nil, err
 		}
 		docs = append(docs, manifest)
 		res.Images = append(res.Images, ImageResult{
-			Platform: platformString(img.platform), Digest: manifest.desc.Digest.String(), Blobs: j.used, SkippedXattrs: j.skippedXattrs,
+			Platform: platformString(img.platform), Digest: manifest.desc.Digest.String(), Blobs: j.used, Dictionary: j.dictUse, SkippedXattrs: j.skippedXattrs,
 		})
 	}
 	root := docs[0]
@@ -222,10 +229,12 @@ func (c *conversion) run(ctx context.Context, images []inputImage) (*Result, err
 type imageJob struct {
 	*conversion
 	number        int // of the image, 1-based
+	own           int // how many layers it has: its blobs are numbers 1 to own, those of the dictionary come after
 	dedup         *blob.Dedup
 	root          *tree.Node // the layers so far, merged
 	blobs         []madeBlob // one per layer
 	used          []rafs.BlobInfo
+	dictUse       DictionaryUse
 	skippedXattrs int
 }
 
@@ -255,14 +264,10 @@ func (j *imageJob) convert(ctx context.Context, img inputImage) (document, error
 // pack writes the bootstrap layer, the blob layers that it refers to, and the configuration.
 func (j *imageJob) pack(ctx context.Context, img inputImage) (document, error) {
 	j.meter.phase(PhasePack)
-	m, err := mapBlobs(j.root, 0, len(j.blobs))
+	p, err := j.choose()
 	if err != nil {
 		return document{}, err
 	}
-	if err := m.apply(j.root); err != nil {
-		return document{}, err
-	}
-	j.used = m.pick(j.infos())
 	boot, err := bootstrap.Write(&bootstrap.Image{
 		Root: j.root, Blobs: j.used, ChunkSize: j.o.ChunkSize, Codec: j.o.Codec, Digest: j.o.Digest, Prefetch: j.o.Prefetch,
 	})
@@ -272,23 +277,26 @@ func (j *imageJob) pack(ctx context.Context, img inputImage) (document, error) {
 	files := []packedFile{{bootstrapName, boot}}
 	var layers []ocispec.Descriptor
 	var diffIDs []digest.Digest
-	kept := make([]bool, len(j.blobs))
 	for i, b := range j.blobs {
-		if kept[i] = m[i+1] != 0; kept[i] {
+		if p.kept[i] {
 			d := blobDescriptor(b)
 			layers, diffIDs = append(layers, d), append(diffIDs, d.Digest)
 			files = append(files, packedFile{d.Digest.Encoded() + blobMetaSuffix, b.meta})
 		}
 	}
+	for _, b := range p.shared {
+		d := b.descriptor()
+		layers, diffIDs = append(layers, d), append(diffIDs, d.Digest)
+	}
 	last, lastDiff, err := bootstrapLayer(files)
 	if err != nil {
 		return document{}, err
 	}
-	config, err := rewriteConfig(img.config, append(diffIDs, lastDiff), kept)
+	config, err := rewriteConfig(img.config, append(diffIDs, lastDiff), p.kept, len(p.shared))
 	if err != nil {
 		return document{}, err
 	}
-	if err := j.put(ctx, kept, last, config); err != nil {
+	if err := j.put(ctx, p, last, config); err != nil {
 		return document{}, err
 	}
 	manifest, err := newManifest(config.desc, append(layers, last.desc), img.annotations)
@@ -296,18 +304,52 @@ func (j *imageJob) pack(ctx context.Context, img inputImage) (document, error) {
 	return manifest, err
 }
 
-// put stores the blobs that are kept, up to four at once, and the documents, and removes the other blobs.
-func (j *imageJob) put(ctx context.Context, kept []bool, docs ...document) error {
+// A choice says which blobs an image needs.
+type choice struct {
+	kept   []bool           // of its own
+	shared []DictionaryBlob // of the dictionary
+}
+
+// choose numbers the blobs that the merged tree refers to as the bootstrap lists them.
+func (j *imageJob) choose() (p choice, err error) {
+	if j.dictUse, err = j.dictionaryUse(j.root, j.own); err != nil {
+		return p, err
+	}
+	infos := j.infos()
+	m, err := mapBlobs(j.root, 0, len(infos))
+	if err != nil {
+		return p, err
+	}
+	if err := m.apply(j.root); err != nil {
+		return p, err
+	}
+	j.used = m.pick(infos)
+	for i := range j.blobs {
+		p.kept = append(p.kept, m[i+1] != 0)
+	}
+	for i, b := range j.dictBlobs {
+		if m[j.own+i+1] != 0 {
+			p.shared = append(p.shared, b)
+		}
+	}
+	return p, checkCount(len(j.used), len(j.used)-len(p.shared))
+}
+
+// put stores the blobs that are needed, up to four at once, and the documents, and removes the other blobs.
+func (j *imageJob) put(ctx context.Context, p choice, docs ...document) error {
 	j.meter.phase(PhaseStore)
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(4)
 	for i, b := range j.blobs {
 		g.Go(func() error {
-			if kept[i] {
+			if p.kept[i] {
 				return j.out.putFile(ctx, blobDescriptor(b), b.path)
 			}
 			return os.Remove(b.path)
 		})
+	}
+	for _, b := range p.shared {
+		g.Go(func() error { return j.out.putShared(ctx, b) })
 	}
 	for _, d := range docs {
 		g.Go(func() error { return j.out.putBytes(ctx, d.desc, d.body) })

@@ -15,13 +15,18 @@
 // none. A killed conversion leaves a directory .convert-* in the layout. The next one lets it be, as nothing in a name tells
 // whether its process, of another container or machine perhaps, still runs; whoever knows that none does may delete it.
 //
+// With a chunk dictionary the blobs of other images are blobs of the new one too, those that its files refer to: as devices of its
+// bootstrap and as layers of its manifest, after its own. In a layout they are copied, in a registry taken from the repository where they are
+// or sent. The bootstraps inside the blobs refer to them as well.
+//
 // What this package never does: follow a symbolic link, write outside the destination and its temporary directory, look
 // at a file's bytes.
 //
 // Invariants:
 //   - the same source and options give the same bytes, whatever Workers is and however goroutines are scheduled;
 //   - a destination's tag is replaced in one step, when everything it stands for is stored;
-//   - every blob, manifest and configuration read is checked against the digest that leads to it (I9);
+//   - every blob, manifest and configuration read is checked against the digest that leads to it, blobs of a dictionary that
+//     are copied too (I9);
 //   - sizes in headers and documents are believed only as far as memory and time stay bounded (I9).
 //
 // Dependencies: archive/tar reads every tar dialect in use. github.com/klauspost/compress for gzip (faster than the standard

@@ -44,7 +44,7 @@ type packedFile struct {
 
 // bootstrapLayer packs the last layer of an image, and returns it with its DiffID: the bootstrap first, and after it,
 // as nydus-snapshotter appends its files (pkg/converter, Merge), the chunk information of the blobs in the order of their
-// layers (FORMATS.md 1.7), which saves nydusd a request for each. Who wants the bootstrap alone can stop there. The headers say nothing that the content does not.
+// layers (FORMATS.md 1.7), which saves nydusd a request for each; that of a chunk dictionary's blobs it asks for. Who wants the bootstrap alone can stop there. The headers say nothing that the content does not.
 func bootstrapLayer(files []packedFile) (document, digest.Digest, error) {
 	var out bytes.Buffer
 	z, err := gzip.NewWriterLevel(&out, gzip.DefaultCompression)
@@ -80,18 +80,20 @@ func packedHeader(name string, mode int64, typ byte, size int) *tar.Header {
 }
 
 // blobDescriptor is the descriptor of a blob layer, whose DiffID is its digest.
-func blobDescriptor(b madeBlob) ocispec.Descriptor {
+func blobDescriptor(b madeBlob) ocispec.Descriptor { return describeBlob(b.info.ID, b.size) }
+
+func describeBlob(id string, size int64) ocispec.Descriptor {
 	return ocispec.Descriptor{
 		MediaType:   oci.MediaTypeBlob,
-		Digest:      digest.NewDigestFromEncoded(digest.SHA256, b.info.ID),
-		Size:        b.size,
+		Digest:      digest.NewDigestFromEncoded(digest.SHA256, id),
+		Size:        size,
 		Annotations: map[string]string{oci.AnnotationBlob: "true"},
 	}
 }
 
 // rewriteConfig returns a configuration for other layers; everything else in it stays, fields unknown here included. kept
-// says which of the source's layers live on as a blob layer.
-func rewriteConfig(config []byte, diffIDs []digest.Digest, kept []bool) (document, error) {
+// says which of the source's layers live on as a blob layer, shared how many layers of a chunk dictionary come after those.
+func rewriteConfig(config []byte, diffIDs []digest.Digest, kept []bool, shared int) (document, error) {
 	fields := make(map[string]json.RawMessage)
 	if err := json.Unmarshal(config, &fields); err != nil {
 		return document{}, fmt.Errorf("read the image's configuration: %w", err)
@@ -101,7 +103,7 @@ func rewriteConfig(config []byte, diffIDs []digest.Digest, kept []bool) (documen
 		return document{}, err
 	}
 	if h := fields["history"]; h != nil {
-		if fields["history"], err = rewriteHistory(h, kept); err != nil {
+		if fields["history"], err = rewriteHistory(h, kept, shared); err != nil {
 			return document{}, err
 		}
 		if fields["history"] == nil {
@@ -111,9 +113,9 @@ func rewriteConfig(config []byte, diffIDs []digest.Digest, kept []bool) (documen
 	return newDocument(ocispec.MediaTypeImageConfig, fields)
 }
 
-// rewriteHistory marks the steps whose layers are gone as empty, and adds the bootstrap's. A history that does not fit its
-// layers is dropped: nil.
-func rewriteHistory(old json.RawMessage, kept []bool) (json.RawMessage, error) {
+// rewriteHistory marks the steps whose layers are gone as empty, and adds those of shared layers and the bootstrap's. A history
+// that does not fit its layers is dropped: nil.
+func rewriteHistory(old json.RawMessage, kept []bool, shared int) (json.RawMessage, error) {
 	var steps []map[string]json.RawMessage
 	if err := json.Unmarshal(old, &steps); err != nil {
 		return nil, fmt.Errorf("read the history in the image's configuration: %w", err)
@@ -134,10 +136,16 @@ func rewriteHistory(old json.RawMessage, kept []bool) (json.RawMessage, error) {
 	if len(steps) == 0 || i != len(kept) {
 		return nil, nil
 	}
-	steps = append(steps, map[string]json.RawMessage{
-		"created_by": json.RawMessage(`"holdfast convert"`),
-		"comment":    json.RawMessage(`"RAFS bootstrap"`),
-	})
+	add := func(comment string) {
+		steps = append(steps, map[string]json.RawMessage{
+			"created_by": json.RawMessage(`"holdfast convert"`),
+			"comment":    json.RawMessage(comment),
+		})
+	}
+	for range shared {
+		add(`"chunk dictionary"`)
+	}
+	add(`"RAFS bootstrap"`)
 	return json.Marshal(steps)
 }
 

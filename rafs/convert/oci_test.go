@@ -550,3 +550,22 @@ func TestBlobsWithoutDataAreLeftOutOfEveryPlatform(t *testing.T) {
 		t.Errorf("%d files in the layout", len(s))
 	}
 }
+
+func TestHistoryHasAStepForEachLayerOfADictionary(t *testing.T) {
+	got, err := rewriteHistory([]byte(`[{"created_by":"a"},{"created_by":"b"}]`), []bool{true, false}, 2)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var steps []ocispec.History
+	parseJSON(t, got, &steps)
+	var full []string
+	for _, s := range steps {
+		if !s.EmptyLayer {
+			full = append(full, s.CreatedBy+s.Comment)
+		}
+	}
+	const own = "holdfast convert"
+	if want := []string{"a", own + "chunk dictionary", own + "chunk dictionary", own + "RAFS bootstrap"}; !slices.Equal(full, want) {
+		t.Errorf("steps with a layer %q, want %q", full, want)
+	}
+}

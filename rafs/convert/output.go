@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"slices"
@@ -22,6 +23,8 @@ type output interface {
 	dir() string
 	// putFile stores a blob and takes its file, which lies in dir. It may be called from several goroutines.
 	putFile(ctx context.Context, d ocispec.Descriptor, path string) error
+	// putShared stores a blob of another image, unless it is there. It may be called from several goroutines.
+	putShared(ctx context.Context, b DictionaryBlob) error
 	// putBytes stores a small blob.
 	putBytes(ctx context.Context, d ocispec.Descriptor, b []byte) error
 	// putManifest stores a manifest or an index; what it refers to is stored already.
@@ -86,6 +89,25 @@ func (o *layoutOutput) dir() string { return o.tmp }
 
 func (o *layoutOutput) putFile(_ context.Context, d ocispec.Descriptor, path string) error {
 	return os.Rename(path, filepath.Join(o.blobs(), d.Digest.Encoded()))
+}
+
+// putShared believes a file that has the blob's name and size: whoever wrote it to the layout had to check it.
+func (o *layoutOutput) putShared(ctx context.Context, b DictionaryBlob) (err error) {
+	d := b.descriptor()
+	if info, err := os.Stat(filepath.Join(o.blobs(), d.Digest.Encoded())); err == nil && info.Mode().IsRegular() && info.Size() == d.Size {
+		return nil
+	}
+	tmp := filepath.Join(o.tmp, d.Digest.Encoded())
+	f, err := os.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o644)
+	if err != nil {
+		return err
+	}
+	r := b.open(ctx)
+	_, err = io.Copy(f, r)
+	if err = errors.Join(err, r.Close(), f.Close()); err != nil {
+		return b.failed(err)
+	}
+	return o.putFile(ctx, d, tmp)
 }
 
 func (o *layoutOutput) putBytes(ctx context.Context, d ocispec.Descriptor, b []byte) error {

@@ -51,6 +51,19 @@ func (o *registryOutput) putFile(ctx context.Context, d ocispec.Descriptor, path
 	return os.Remove(path)
 }
 
+// putShared has the registry take the blob from the repository where it is, if that is one of the same registry and the registry
+// does such things; else it is sent.
+func (o *registryOutput) putShared(ctx context.Context, b DictionaryBlob) error {
+	var l v1.Layer = &sharedLayer{ctx: ctx, b: b, pushed: o.pushed}
+	if b.Repo != nil && b.Repo.Context().RegistryStr() == o.ref.Context().RegistryStr() {
+		l = &remote.MountableLayer{Layer: l, Reference: b.Repo}
+	}
+	if err := o.pusher.Upload(ctx, o.ref.Context(), l); err != nil {
+		return b.failed(fmt.Errorf("push to %s: %w", o.ref.Context(), err))
+	}
+	return nil
+}
+
 func (o *registryOutput) putBytes(ctx context.Context, d ocispec.Descriptor, b []byte) error {
 	if err := o.pusher.Upload(ctx, o.ref.Context(), static.NewLayer(b, types.MediaType(d.MediaType))); err != nil {
 		return fmt.Errorf("push blob %s to %s: %w", d.Digest, o.ref.Context(), err)

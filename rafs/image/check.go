@@ -52,24 +52,37 @@ func Check(ctx context.Context, ref string, o Options, progress func(Progress)) 
 		return nil, err
 	}
 	defer img.Close()
+	c := newChecker(img, progress)
+	if err := c.run(ctx); err != nil {
+		return &c.report, fmt.Errorf("check image %s: %w", img.Ref, err)
+	}
+	return &c.report, nil
+}
+
+func newChecker(img *Image, progress func(Progress)) *checker {
 	c := &checker{img: img, progress: progress, report: Report{Ref: img.Ref, Digest: img.Digest, Blobs: len(img.Blobs)}}
 	for _, b := range img.Blobs {
 		c.total += uint64(b.Source.Size())
 	}
-	err = c.checkTree()
-	for _, id := range img.unused {
-		err = errors.Join(err, c.damage("manifest %s: layer %s is a blob that the bootstrap does not know", img.Digest, id))
+	return c
+}
+
+// run checks everything. The error wraps ErrDamaged, or says what kept it from the end.
+func (c *checker) run(ctx context.Context) error {
+	err := c.checkTree()
+	for _, id := range c.img.unused {
+		err = errors.Join(err, c.damage("manifest %s: layer %s is a blob that the bootstrap does not know", c.img.Digest, id))
 	}
-	for n := 0; err == nil && n < len(img.Blobs); n++ {
+	for n := 0; err == nil && n < len(c.img.Blobs); n++ {
 		err = c.checkBlob(ctx, n)
 	}
 	if err != nil && !errors.Is(err, errEnough) {
-		return &c.report, fmt.Errorf("check image %s: %w", img.Ref, err)
+		return err
 	}
 	if d := c.report.Damage; len(d) > 0 {
-		return &c.report, fmt.Errorf("check image %s: %w in %d places, the first: %s; fetch or convert it again", img.Ref, ErrDamaged, len(d), d[0])
+		return fmt.Errorf("%w in %d places, the first: %s; fetch or convert it again", ErrDamaged, len(d), d[0])
 	}
-	return &c.report, nil
+	return nil
 }
 
 // errEnough ends a check that has found enough.
@@ -79,6 +92,7 @@ type checker struct {
 	img      *Image
 	progress func(Progress)
 	total    uint64
+	keep     func(blob int, off uint64, data []byte) error // gets every chunk that is right, from several goroutines; may be nil
 
 	mu     sync.Mutex // guards what follows
 	report Report

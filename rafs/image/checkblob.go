@@ -26,7 +26,7 @@ func (c *checker) checkBlob(ctx context.Context, n int) error {
 	if err != nil {
 		return err
 	}
-	s := &scan{checker: c, blob: b, dec: dec, hash: sha256.New(), workers: runtime.GOMAXPROCS(0)}
+	s := &scan{checker: c, n: n, blob: b, dec: dec, hash: sha256.New(), workers: runtime.GOMAXPROCS(0)}
 	s.buffers = make(chan []byte, s.workers)
 	for range s.workers {
 		s.buffers <- nil
@@ -37,6 +37,8 @@ func (c *checker) checkBlob(ctx context.Context, n int) error {
 		return context.Cause(ctx)
 	case errors.Is(err, errEnough):
 		return err
+	case s.lost != nil:
+		return s.lost
 	case source.IsPermanent(err), errors.Is(err, source.ErrShort), errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
 		return c.damage("blob file %s: %v", b.Source, err)
 	case err != nil: // the network's fault, not the image's
@@ -55,11 +57,13 @@ func (c *checker) checkBlob(ctx context.Context, n int) error {
 // A scan is the reading of one blob file.
 type scan struct {
 	*checker
+	n       int // of the blob
 	blob    *Blob
 	dec     *blob.Decoder
 	hash    hash.Hash
 	workers int
 	buffers chan []byte // one for each worker, made when first wanted
+	lost    error       // guarded by mu: why keep failed
 }
 
 func (s *scan) run(ctx context.Context) error {
@@ -103,8 +107,15 @@ func (s *scan) feed(ctx context.Context, in *counted, g *errgroup.Group) error {
 			if err != nil {
 				return s.damage("blob file %s: chunk %d: %v", s.blob.Source, row, err)
 			}
+			if s.keep != nil {
+				err = s.keep(s.n, c.Offset, buf[c.Stored:])
+			}
 			s.mu.Lock()
 			defer s.mu.Unlock()
+			if err != nil {
+				s.lost = err
+				return err
+			}
 			s.report.Chunks++
 			s.report.ChunkBytes += uint64(c.Size)
 			return nil

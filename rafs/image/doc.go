@@ -11,7 +11,7 @@
 // the bootstrap's directory.
 //
 // An opened [Image] holds the bootstrap as bytes and one chunk table per blob; the file tree is in memory only while
-// [Check] and [Inspect] run.
+// [Check], [Export] and [Inspect] run.
 //
 // It never writes a cache, mounts, or retries: what fails for a reason that may go away fails with an error that is not
 // marked with source.Permanent, and the caller decides.

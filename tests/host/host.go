@@ -184,6 +184,7 @@ type Status struct {
 	Engine  string  `json:"engine"`
 	Pending int     `json:"pending"`
 	Fetched int64   `json:"fetched"` // bytes
+	Copied  int64   `json:"copied"`  // bytes
 	Mounts  []Mount `json:"mounts"`
 }
 

@@ -80,6 +80,24 @@ func New(options []Option) (int, error) {
 	return fd, nil
 }
 
+// NewFromFiles makes a mount of an EROFS image in plain files that is not attached anywhere, and returns its descriptor. The
+// kernel opens the files by these names.
+func NewFromFiles(bootstrap string, devices []string) (int, error) {
+	options := []Option{{Name: "source", Value: bootstrap}}
+	for _, d := range devices {
+		options = append(options, Option{Name: "device", Value: d})
+	}
+	fd, err := New(options)
+	var refused *RefusedError
+	switch {
+	case errors.Is(err, unix.ENOTBLK):
+		return -1, fmt.Errorf("the kernel cannot mount EROFS from a file (CONFIG_EROFS_FS_BACKED_BY_FILE, Linux 6.12): %w", err)
+	case errors.As(err, &refused):
+		return -1, fmt.Errorf("%w (the kernel log may say why: dmesg | grep erofs)", err)
+	}
+	return fd, err
+}
+
 // fsopen begins a mount.
 func fsopen() (int, error) {
 	fd, err := unix.Fsopen("erofs", unix.FSOPEN_CLOEXEC)
