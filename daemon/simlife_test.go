@@ -22,10 +22,11 @@ var errDead = errors.New("this process is dead")
 
 // A life is one process.
 type life struct {
-	h   *simHost
-	pid int
-	d   *Daemon // set before anything of it runs
-	die int     // the step, counted from here, at which it dies; 0: at none
+	h      *simHost
+	pid    int
+	d      *Daemon // set before anything of it runs
+	before *life   // the predecessor in an upgrade; nil: a supervisor started it
+	die    int     // the step, counted from here, at which it dies; 0: at none
 
 	lock   *handover.Lock
 	passed []*os.File // by a predecessor

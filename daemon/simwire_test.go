@@ -25,12 +25,23 @@ type simWire struct {
 
 var errPeer = errors.New("the other process ended")
 
-// startSuccessor starts a life beside this one.
-func (l *life) startSuccessor(context.Context, UpgradeRequest) (start, error) {
+// startSuccessor starts a life beside this one, when the one before it has ended: that has the lock of its own handover until then
+// (handover.Start).
+func (l *life) startSuccessor(ctx context.Context, _ UpgradeRequest) (start, error) {
 	if err := l.point(); err != nil {
 		return nil, err
 	}
+	if l.before != nil {
+		select {
+		case <-l.before.gone:
+		case <-l.gone:
+			return nil, errDead
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		}
+	}
 	to := l.h.newLife()
+	to.before = l
 	to.die = l.h.successorDies
 	l.h.note("%d starts %d, to die at %d", l.pid, to.pid, to.die)
 	w := &simWire{

@@ -80,6 +80,50 @@ func TestUpgradesUnderReadersAreNotNoticed(t *testing.T) {
 	h.agreed()
 }
 
+// A daemon that finishes what it has in flight answers by number, and so does whoever has taken over: a third process that took the same
+// requests over meanwhile would give their numbers to other readers, who would be answered for them (I2).
+func TestUpgradeBeginsWhenTheDaemonBeforeHasEnded(t *testing.T) {
+	h := newHost(t)
+	const files = 8
+	_, image, m := counted(t, h, link.Config{RTT: 500 * time.Millisecond}, files)
+	mnt := h.mount(image, "--prefetch=off")
+	seen := false // both at once
+	for i := 0; i < files && !seen; i++ {
+		name := "f" + strconv.Itoa(i)
+		var wg sync.WaitGroup
+		wg.Go(func() {
+			if got, err := readFile(filepath.Join(mnt, name)); err != nil || !bytes.Equal(got, m[name].content) {
+				t.Errorf("%s: %v, %d bytes of %d", name, err, len(got), len(m[name].content))
+			}
+		})
+		h.until("the reader waits", func() bool { s, err := h.Status(); return err == nil && s.Pending > 0 })
+		first := h.pid()
+		wg.Go(func() {
+			if out, err := h.Run("upgrade"); err != nil {
+				t.Errorf("the first upgrade: %v: %s", err, out)
+			}
+		})
+		h.until("another daemon answers", func() bool { s, err := h.Status(); return err == nil && s.PID != first })
+		seen = runs(first)
+		h.upgrade()
+		if runs(first) {
+			t.Error("the second upgrade is done, and the first daemon still runs")
+		}
+		wg.Wait()
+	}
+	if !seen {
+		t.Error("no daemon outlived the beginning of its successor: nothing was shown")
+	}
+	dropCaches(t)
+	m.compare(t, mnt)
+}
+
+// runs says whether a process is there and has not ended.
+func runs(pid int) bool {
+	b, err := os.ReadFile(filepath.Join("/proc", strconv.Itoa(pid), "stat"))
+	return err == nil && !strings.Contains(string(b), ") Z ")
+}
+
 // agreed waits until records, supervisor and kernel agree: what is in flight may be on record a moment longer.
 func (h *testHost) agreed() {
 	h.t.Helper()
