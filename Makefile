@@ -69,7 +69,7 @@ drill: build
 	$(KILL_ENV) HOLDFAST_KILLS=$(KILLS) $(GO) test -count=1 -v -timeout 40m -run TestRandomKills ./tests/kill
 	$(GO) test -c -o bin/kill.test ./tests/kill
 	for kernel in 6.12 6.1; do (cd tests/kill && $(KILL_ENV) HOLDFAST_ENGINE=cachefiles HOLDFAST_KILLS=$(KILLS) \
-		bin=$(CURDIR)/bin; $$bin/hfvm -timeout 60m -series $$kernel -- $$bin/kill.test -test.v -test.timeout 55m -test.run TestRandomKills) || exit 1; done
+		$(CURDIR)/bin/hfvm -timeout 100m -series $$kernel -- $(CURDIR)/bin/kill.test -test.v -test.timeout 95m -test.run TestRandomKills) || exit 1; done
 	$(KILL_ENV) HOLDFAST_DRILL=1 $(GO) test -count=1 -v -timeout 40m -run TestMutations ./tests/kill
 	bin/holdfast drill --own-daemon --duration 3m --report drill-report
 

@@ -19,8 +19,11 @@ type engineKind struct {
 	name string
 	// try says why the engine cannot work here with its cache in dir, or nil. With unsafe it does not ask whether the kernel is
 	// known to give wrong bytes.
-	try  func(dir string, unsafe bool) error
-	open func(engineConfig) (fscache.Engine, error)
+	try func(dir string, unsafe bool) error
+	// unused says of an inherited lifeline whether it may be left aside, because nothing is mounted through it and the engine cannot work, or is
+	// unwanted; nil: never.
+	unused func(lifeline *os.File, unwanted bool) bool
+	open   func(engineConfig) (fscache.Engine, error)
 }
 
 // An engineConfig is what an engine is opened with.
@@ -38,8 +41,9 @@ type engineConfig struct {
 // lost get errors, those of a fanotify mount whose group is lost get zeros.
 var engineKinds = []engineKind{
 	{
-		name: cachefiles.Name,
-		try:  func(dir string, _ bool) error { return cachefiles.Available(dir) },
+		name:   cachefiles.Name,
+		try:    func(dir string, _ bool) error { return cachefiles.Available(dir) },
+		unused: cachefiles.Unused,
 		open: func(c engineConfig) (fscache.Engine, error) {
 			return cachefiles.Open(cachefiles.Config{Dir: c.dir, Inherited: c.inherited, Inbox: c.inbox, Holder: c.holder, Log: c.log})
 		},
@@ -68,10 +72,11 @@ func engineNames() string {
 	return strings.Join(names, ", ")
 }
 
-// chooseEngine returns the engine that was inherited, asked for by name, or is the first that works here, and why it is that one.
+// chooseEngine returns the engine whose lifeline was inherited and is of use, that was asked for by name, or is the first that works here, and why it is that one.
 func chooseEngine(asked, root string, unsafe bool, inherited map[string]*os.File) (engineKind, string, error) {
 	for _, k := range engineKinds {
-		if inherited[k.name] == nil {
+		lifeline := inherited[k.name]
+		if lifeline == nil || k.unused != nil && k.unused(lifeline, asked != "auto" && asked != k.name) {
 			continue
 		}
 		if asked != "auto" && asked != k.name {

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"io"
 	"os"
 	"path/filepath"
@@ -85,6 +86,26 @@ func TestInheritedEngineIsUsedWhateverAutoWouldChoose(t *testing.T) {
 		for _, other := range engineKinds {
 			if _, _, err := chooseEngine(other.name, t.TempDir(), false, inherited); (err == nil) != (other.name == k.name) {
 				t.Errorf("%s asked for with %s inherited: %v", other.name, k.name, err)
+			}
+		}
+	}
+}
+
+// A socket unit may hold a device that no engine of this kernel can use.
+func TestInheritedLifelineOfNoUseIsLeftAside(t *testing.T) {
+	before := engineKinds
+	t.Cleanup(func() { engineKinds = before })
+	works := func(string, bool) error { return nil }
+	fails := func(string, bool) error { return errors.New("no") }
+	for _, useless := range []bool{true, false} {
+		unused := func(_ *os.File, unwanted bool) bool { return unwanted || useless }
+		engineKinds = []engineKind{{name: "first", unused: unused, try: fails}, {name: "second", try: works}}
+		inherited := map[string]*os.File{"first": os.Stdin}
+		want := map[bool]string{true: "second", false: "first"}[useless]
+		for asked, want := range map[string]string{"auto": want, "first": "first", "second": "second"} {
+			got, _, err := chooseEngine(asked, t.TempDir(), false, inherited)
+			if err != nil || got.name != want {
+				t.Errorf("useless %v, %s asked for: got %q, %v, want %q", useless, asked, got.name, err, want)
 			}
 		}
 	}

@@ -31,16 +31,14 @@ func available(dir string) error {
 	if err := tryDirectIO(dir); err != nil {
 		return err
 	}
+	if err := mountable(); err != nil {
+		return err
+	}
 	f, err := openDevice()
 	if err != nil {
 		return err
 	}
 	defer f.Close()
-	for _, option := range []string{"fsid", "domain_id"} {
-		if err := erofs.TryOption(erofs.Option{Name: option, Value: "probe"}); err != nil {
-			return fmt.Errorf("%w (EROFS over fscache: CONFIG_EROFS_FS_ONDEMAND, Linux 5.19 to 7.1)", err)
-		}
-	}
 	for _, name := range []string{"cache", "graveyard"} { // what `bind` makes (cache.c, cachefiles_add_cache)
 		path := filepath.Join(dir, name)
 		if _, err := os.Lstat(path); errors.Is(err, os.ErrNotExist) {
@@ -51,6 +49,24 @@ func available(dir string) error {
 		return err
 	}
 	return f.Close()
+}
+
+// mountable says whether EROFS can be mounted over fscache. Where it cannot, no mount depends on a cache.
+func mountable() error {
+	for _, option := range []string{"fsid", "domain_id"} {
+		if err := erofs.TryOption(erofs.Option{Name: option, Value: "probe"}); err != nil {
+			return fmt.Errorf("%w (EROFS over fscache: CONFIG_EROFS_FS_ONDEMAND, Linux 5.19 to 7.1)", err)
+		}
+	}
+	return nil
+}
+
+// Unused reports whether nothing depends on an inherited device, and nothing will: no cache is bound to it (cachefiles_daemon_inuse says EIO then,
+// fs/cachefiles/daemon.c), and either the kernel cannot mount EROFS over fscache at all, or unwanted says that another engine is asked for. Such is
+// the device that a socket unit holds on a host whose kernel has the cachefiles of NFS only. It changes nothing, and anyone may call it before
+// [Open] takes the device over; a device that is doubtful is used.
+func Unused(f *os.File, unwanted bool) bool {
+	return checkDevice(f) == nil && (unwanted || mountable() != nil) && errors.Is(command(f, "inuse holdfast"), unix.EIO)
 }
 
 // tryDirectIO checks what `bind` does not: that files in dir take direct I/O and tell where their holes are.

@@ -399,7 +399,13 @@ func TestInheritedDeviceThatIsNotBoundIsBound(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	if Unused(device, false) || !Unused(device, true) {
+		t.Error("a device that is not bound is left aside when, and only when, another engine is wanted: the kernel can use it")
+	}
 	e := openEngine(t, cache, device)
+	if Unused(device, true) {
+		t.Error("a device with a cache is left aside")
+	}
 	im := newImage(t, "unbound", "boot", "blob")
 	add(t, e, im)
 	serve(t, e, nil, im)

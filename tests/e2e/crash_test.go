@@ -21,6 +21,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"holdfast/tests/host"
 	"holdfast/tests/link"
 )
 
@@ -132,6 +133,26 @@ func TestKilledDaemonGivesNoReaderAWrongByte(t *testing.T) {
 	}
 	wg.Wait()
 	t.Logf("%d reads got EIO", refused.Load())
+	dropCaches(t)
+	m.compare(t, mnt)
+}
+
+func TestFrozenDaemonIsReplacedAndItsReaderServed(t *testing.T) {
+	dir, engine := workDir(t)
+	h := startHostWith(t, host.Options{Bin: bin, Dir: dir, Keep: []string{"--watchdog", "3s"}, Serve: []string{"--engine", engine}})
+	_, image, m := counted(t, h, link.Config{}, 2)
+	mnt := h.mount(image, "--prefetch=off")
+	frozen := h.pid()
+	if err := unix.Kill(frozen, unix.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	got, err := readFile(filepath.Join(mnt, "f1")) // returns only when somebody answers
+	if err != nil || !bytes.Equal(got, m["f1"].content) {
+		t.Errorf("a read that began while the daemon was frozen: %v, %d bytes, the first wrong one at %d", err, len(got), difference(got, m["f1"].content))
+	}
+	if now := h.pid(); now == frozen {
+		t.Errorf("daemon %d, which was frozen, serves", now)
+	}
 	dropCaches(t)
 	m.compare(t, mnt)
 }

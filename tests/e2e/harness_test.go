@@ -86,7 +86,13 @@ func newHost(t *testing.T, serve ...string) *testHost {
 // startHost is newHost with a program and a directory of the caller's.
 func startHost(t *testing.T, bin, dir string, serve ...string) *testHost {
 	t.Helper()
-	h, err := host.Start(bin, dir, serve...)
+	return startHostWith(t, host.Options{Bin: bin, Dir: dir, Serve: serve})
+}
+
+// startHostWith is startHost with more to say.
+func startHostWith(t *testing.T, o host.Options) *testHost {
+	t.Helper()
+	h, err := host.StartWith(o)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -38,6 +38,7 @@ func Start(bin, dir string, serve ...string) (*Host, error) {
 type Options struct {
 	Bin, Dir string
 	Serve    []string // more flags for serve
+	Keep     []string // more flags for keep
 	Env      []string // more of the keeper's and the daemon's environment
 	Keeper   []string // a command line that runs the one which follows it: put before the keeper's
 	Daemon   []string // likewise, before the daemon's
@@ -51,7 +52,7 @@ func StartWith(o Options) (*Host, error) {
 		return nil, err
 	}
 	defer out.Close()
-	args := slices.Concat(o.Keeper, []string{o.Bin}, h.global("keep", "--"), o.Daemon, []string{o.Bin}, h.global("serve"), o.Serve)
+	args := slices.Concat(o.Keeper, []string{o.Bin}, h.global("keep"), o.Keep, []string{"--"}, o.Daemon, []string{o.Bin}, h.global("serve"), o.Serve)
 	h.keep = exec.Command(args[0], args[1:]...)
 	h.keep.Stdout, h.keep.Stderr = out, out
 	h.keep.Env = append(os.Environ(), o.Env...)
