@@ -44,7 +44,7 @@ type Origin struct {
 // it the lifeline is held by the supervisor, whoever made it (I4). It runs before anything else of the process does: the
 // numbers of descriptors matter to an engine. After an error nothing is left open but what is inherited.
 //
-// ORDER: the lifeline is with the supervisor before anything can be mounted.
+// ORDER: the lifeline is with the supervisor before anything can be mounted, and on record as another one before it is there.
 func Attach(a Origin, o *Options) (err error) {
 	var undo undo
 	defer func() {
@@ -80,7 +80,14 @@ func Attach(a Origin, o *Options) (err error) {
 	}
 	undo.add(engine.Close)
 	crash.Point("daemon.attach.after-open")
+	bereft, err := session.Bereft()
+	if err != nil {
+		return err
+	}
 	if in.Lifeline == nil {
+		if err := session.SetBereft(true); err != nil {
+			return err
+		}
 		if err := pushLifeline(engine, a.Supervisor, &undo); err != nil {
 			return err
 		}
@@ -89,7 +96,8 @@ func Attach(a Origin, o *Options) (err error) {
 		o.Log.Error("what a dead daemon left was damaged", zap.String("what", what))
 	}
 	o.Engine, o.Session, o.Inbox, o.Holder, o.Supervisor = engine, session, inbox, holder, a.Supervisor
-	o.Fresh, o.Damaged, o.Boxes = in.Lifeline == nil, damaged, boxes
+	o.Fresh, o.Bereft = in.Lifeline == nil, in.Lifeline == nil || bereft
+	o.Damaged, o.Boxes = damaged, boxes
 	return nil
 }
 
@@ -202,9 +210,13 @@ func (d *Daemon) Leave(good bool) error {
 	if err := d.opt.Supervisor.Notify("STOPPING=1"); err != nil {
 		d.log.Warn("tell the supervisor of the end", zap.Error(err))
 	}
-	if d.wentIdle || !d.Unused() || !good && !d.opt.Fresh {
+	if !d.Unused() || !good && !d.opt.Fresh {
 		d.log.Info("the supervisor keeps what mounts depend on")
 		return nil
+	}
+	if d.wentIdle { // who comes to the socket brings the next daemon
+		name, _ := d.engine.Lifeline()
+		return d.opt.Supervisor.Remove(name)
 	}
 	return release(d.engine, d.opt.Supervisor)
 }

@@ -46,6 +46,7 @@ type Daemon struct {
 	calls      atomic.Int64                   // requests of the API under way
 	wentIdle   bool                           // Run ended for idleness
 	closing    sync.Once                      // of the databases
+	sweeping   atomic.Bool                    // somebody sweeps what lingers
 	changing   sync.RWMutex                   // held for reading while something is mounted or unmounted
 	earlier    []state.Mount                  // on record of an earlier boot, between restore and remount
 	given      map[fscache.Key]presenceRecord // what a predecessor says is present; nil: settle finds out

@@ -118,13 +118,13 @@ func (d *Daemon) restore(ctx context.Context) error {
 		case r.Stage == state.StageOffline: // nobody asks a daemon for anything of it
 		case r.Boot != d.boot, r.Stage == state.StageAgain && !there:
 			d.earlier = append(d.earlier, r)
+		case d.opt.Bereft && !d.needsNobody(m):
+			err = d.abandon(ctx, m, there)
 		case r.Stage == state.StageLinger: // what is there now is another
 			gone = append(gone, m)
 		case !there:
 			d.log.Warn("mount on record is not here", zap.String("image", r.Ref), zap.String("dir", r.Dir), zap.String("found", points[r.Dir]))
 			gone = append(gone, m)
-		case d.opt.Fresh && !d.needsNobody(m):
-			err = d.abandon(ctx, m)
 		default:
 			if old := here[r.Dir]; old != nil { // only one of two on one directory can be the one that is seen
 				if old.record.Created.After(r.Created) {
@@ -135,6 +135,11 @@ func (d *Daemon) restore(ctx context.Context) error {
 			here[r.Dir] = m
 		}
 		if err != nil {
+			return err
+		}
+	}
+	if d.opt.Bereft && d.opt.Session != nil {
+		if err := d.opt.Session.SetBereft(false); err != nil {
 			return err
 		}
 	}
@@ -206,11 +211,17 @@ func (d *Daemon) needsNobody(m *mount) bool {
 	return false
 }
 
-// abandon ends a mount with something missing whose lifeline is gone, which nobody can serve any more (I1): the engine makes it unreadable.
-func (d *Daemon) abandon(ctx context.Context, m *mount) error {
-	what := fmt.Sprintf("image %s on %s was mounted under a descriptor that nobody holds any more: it cannot be read, and is unmounted; "+
-		"end what uses it and mount it again", m.record.Ref, m.record.Dir)
-	lost := fscache.Mount{Dir: m.record.Dir}
+// abandon ends a mount with something missing whose lifeline is gone, which nobody can serve any more (I1): the engine makes it unreadable. What is
+// not there may be used elsewhere; its directory is another's.
+func (d *Daemon) abandon(ctx context.Context, m *mount, there bool) error {
+	what := fmt.Sprintf("image %s on %s was mounted under a descriptor that nobody holds any more: ", m.record.Ref, m.record.Dir)
+	lost := fscache.Mount{}
+	if there {
+		lost.Dir = m.record.Dir
+		what += "it cannot be read, and is unmounted; end what uses it and mount it again"
+	} else {
+		what += "it is not there; what uses it elsewhere, if anything does, gets errors"
+	}
 	if l, err := d.loaded(m.record.Image); err != nil {
 		what += "; its image cannot be loaded: " + err.Error()
 	} else {

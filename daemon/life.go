@@ -54,6 +54,7 @@ func (d *Daemon) begin() {
 // serveUntil serves the API too, until something ends that, and then ends everything.
 func (d *Daemon) serveUntil(ctx context.Context, l net.Listener) (err error) {
 	d.shelf.clear()
+	d.sweepLater()
 	ticks, done := context.WithCancel(ctx)
 	d.succession.quiet = done
 	api := d.serveAPI(l)

@@ -133,6 +133,12 @@ func (t *mounts) empty() bool {
 	return len(t.byDir) == 0 && len(t.lingering) == 0
 }
 
+func (t *mounts) anyLinger() bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return len(t.lingering) > 0
+}
+
 // linger adds to the lingering mounts; takeLingering takes them all.
 func (t *mounts) linger(m *mount) {
 	t.mu.Lock()
@@ -312,6 +318,7 @@ func (d *Daemon) part(m *mount, err error) error {
 	d.log.Info("an unmounted image is still used, in another mount namespace perhaps; it is served on",
 		zap.String("image", m.record.Ref), zap.String("dir", m.record.Dir), zap.Stringer("object", m.kept[0].o.key))
 	d.mounts.linger(m)
+	d.sweepLater()
 	return err
 }
 
@@ -322,6 +329,33 @@ func (d *Daemon) sweep() {
 			d.log.Error("let an unmounted image go", zap.String("image", m.record.Ref), zap.Error(err))
 		}
 	}
+}
+
+// sweepEvery is how long an unmounted image stays, at most, after its last user went, whom nobody announces.
+const sweepEvery = 5 * time.Second
+
+// sweepLater has what lingers swept for as long as anything does.
+func (d *Daemon) sweepLater() {
+	if !d.mounts.anyLinger() || d.sweeping.Swap(true) {
+		return
+	}
+	d.background.Go(func() {
+		tick := time.NewTicker(sweepEvery)
+		defer tick.Stop()
+		for d.mounts.anyLinger() {
+			select {
+			case <-tick.C:
+			case <-d.base.Done():
+				return
+			}
+			if done, err := d.change(); err == nil { // else at the next tick
+				d.sweep()
+				done()
+			}
+		}
+		d.sweeping.Store(false)
+		d.sweepLater() // something may have come to linger in between
+	})
 }
 
 func (d *Daemon) engineMount(m *mount, boot *bootstrap) fscache.Mount {

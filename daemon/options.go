@@ -39,7 +39,8 @@ type Options struct {
 	Inbox      *state.Inbox   // the daemon closes it, after the engine
 	Holder     *Holder
 	Supervisor Supervisor
-	Fresh      bool            // the lifeline is this process's own: mounts made under another one are lost
+	Fresh      bool            // the lifeline is this process's own
+	Bereft     bool            // mounts on record were made under another lifeline than this one, and are lost
 	Boxes      []state.ReadBox // inboxes of dead daemons, which the engine has read
 	Damaged    []string        // what was found damaged before the daemon was made
 

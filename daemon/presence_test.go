@@ -176,7 +176,7 @@ func TestOfflineMountIsNotTakenForWhatWasOnItsDirectoryBefore(t *testing.T) {
 	root, k := t.TempDir(), simkernel.New(simkernel.Fanotify)
 	for name, fresh := range map[string]bool{"under the same lifeline": false, "under another": true} {
 		t.Run(name, func(t *testing.T) {
-			r := rigOver(t, k, root, func(o *Options) { o.Fresh = fresh })
+			r := rigOver(t, k, root, func(o *Options) { o.Fresh, o.Bereft = fresh, fresh })
 			defer r.close()
 			const dir = "/mnt/x"
 			r.d.mountPoints = func() (map[string]string, error) { return map[string]string{dir: fsType}, nil }
@@ -189,8 +189,9 @@ func TestOfflineMountIsNotTakenForWhatWasOnItsDirectoryBefore(t *testing.T) {
 				t.Fatal(err)
 			}
 			got, err := r.d.state.Mounts()
-			if err != nil || len(got) != 1 || got[0].ID != "m2" || !r.d.mounts.empty() || len(r.d.lost) != 0 {
-				t.Errorf("on record: %+v (%v), the table empty: %v, lost: %v; want the one without a daemon on record and nothing else", got, err, r.d.mounts.empty(), r.d.lost)
+			if err != nil || len(got) != 1 || got[0].ID != "m2" || !r.d.mounts.empty() || (len(r.d.lost) != 0) != fresh {
+				t.Errorf("on record: %+v (%v), the table empty: %v, lost: %v; want the one without a daemon on record, and the other lost only under another lifeline",
+					got, err, r.d.mounts.empty(), r.d.lost)
 			}
 		})
 	}

@@ -286,6 +286,49 @@ func TestObjectsWithoutTheirLifelineAreLetGo(t *testing.T) {
 	})
 }
 
+func TestMountWithoutItsLifelineIsGivenUpWhereverTheDaemonDies(t *testing.T) {
+	eachHost(t, func(h *simHost, im simImage, dir string) {
+		h.boot(0)
+		h.mount(im, dir)
+		h.running().kill()
+		delete(h.store, simkernel.Name)
+		h.bereft = true
+		for die := 1; h.running() == nil; die++ { // at each step of it
+			h.boot(die)
+			synctest.Wait()
+		}
+		h.running().dieWithin(0)
+		if all := h.running().d.mounts.every(); len(all) != 0 || len(h.kernel.Mounts()) != 0 {
+			h.fail("served: %+v, mounted: %v; want neither", all, h.kernel.Mounts())
+		}
+		h.mount(im, dir)
+		h.served(im, dir)
+		h.agree()
+	})
+}
+
+func TestLingeringImageGoesWhenItsLastUserHas(t *testing.T) {
+	eachHost(t, func(h *simHost, im simImage, dir string) {
+		h.boot(0)
+		h.mount(im, dir)
+		h.busy = func(k fscache.Key) bool { return k.ID == im.ids[0] }
+		d := h.running().d
+		if err := d.unmount(context.Background(), dir); err != nil {
+			h.fail("%v", err)
+		}
+		time.Sleep(3 * sweepEvery)
+		if n := len(d.mounts.every()); n != 1 {
+			h.fail("%d mounts are known while the image is used, want it", n)
+		}
+		h.busy = nil
+		time.Sleep(2 * sweepEvery)
+		if all := d.mounts.every(); len(all) != 0 {
+			h.fail("nobody uses it, nobody mounts or unmounts, and there is %+v", all)
+		}
+		h.agree()
+	})
+}
+
 // rewrite changes the mounts on record. Nothing runs.
 func (h *simHost) rewrite(change func(*state.Mount)) {
 	for _, l := range h.lives {

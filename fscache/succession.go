@@ -66,7 +66,7 @@ type Successor interface {
 	// Thaw takes Freeze back: Next reads again. Callers that Freeze turned away call Next anew.
 	Thaw() error
 	// Abandon makes a mount unreadable that was made under a lifeline which is gone, so that nobody reads zeros from it (I1), and
-	// unmounts it lazily. Its blobs need not have been added. What could not be done is in the error; the rest was done.
+	// unmounts it lazily, or, without a Dir, does it to what is mounted somewhere else. Its blobs must not have been added. What could not be done is in the error; the rest was done.
 	Abandon(ctx context.Context, m Mount) error
 	// Holding lists the objects whose descriptors this engine has, with the files, which stay the engine's.
 	Holding() []Held

@@ -380,15 +380,21 @@ func closeAll(fds []int) {
 	}
 }
 
-// listing returns how many are held, and the names of the first of them, for people.
+// listing returns how many are held that mounts may depend on, and the names of the first of them, for people. No mount depends on a socket.
 func (h *holder) listing() (n int, names []string) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if len(h.held) == 0 {
-		return 0, nil
+	all := strings.Split(string(h.names), ":")
+	for i, f := range h.held {
+		var st unix.Stat_t
+		if err := unix.Fstat(int(f.fd), &st); err == nil && st.Mode&unix.S_IFMT == unix.S_IFSOCK {
+			continue
+		}
+		if n++; n <= 16 {
+			names = append(names, all[i])
+		}
 	}
-	names = strings.SplitN(string(h.names), ":", 17)
-	return len(h.held), names[:min(len(names), 16)]
+	return n, names
 }
 
 // socketIn is where the keeper of a run directory has its socket.

@@ -145,6 +145,14 @@ func (d *daemon) do(line []string) (string, error) {
 			files[i] = NamedFile{"o" + strconv.FormatInt(int64(i), 36), r}
 		}
 		return "ok", d.store.PushAll(files)
+	case "push-socket": // push-socket NAME
+		fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+		if err != nil {
+			return "", err
+		}
+		f := os.NewFile(uintptr(fd), line[1])
+		defer f.Close()
+		return "ok", d.store.Push(line[1], f)
 	case "push-fifo": // push-fifo NAME: a FIFO of that name beside the control socket
 		path := filepath.Join(filepath.Dir(d.control), line[1])
 		if err := unix.Mkfifo(path, 0o600); err != nil {

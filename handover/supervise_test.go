@@ -15,12 +15,17 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ended waits until the daemon's process has let go of its connection to the test.
+// ended waits until the daemon's process is no more, not even a zombie.
 func (d *talk) ended() {
 	d.t.Helper()
 	_ = d.conn.SetReadDeadline(time.Now().Add(patience))
 	if s, err := d.in.ReadString('\n'); err == nil || os.IsTimeout(err) {
 		d.t.Fatalf("the daemon still runs: %q, %v", s, err)
+	}
+	for deadline := time.Now().Add(patience); syscall.Kill(d.pid, 0) == nil; time.Sleep(time.Millisecond) { // its children are the keeper's by then
+		if time.Now().After(deadline) {
+			d.t.Fatalf("process %d has not ended", d.pid)
+		}
 	}
 }
 

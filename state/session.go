@@ -31,6 +31,9 @@ var sessionLayout = layout{
 	locked: "is another daemon running with this run directory? stop it, or use another --run",
 }
 
+// keyBereft is a key of the meta bucket.
+var keyBereft = []byte("bereft")
+
 // A place is where a request stands in the record.
 type place struct {
 	number uint64
@@ -117,6 +120,32 @@ func OpenSession(path, boot, release string) (*Session, []string, error) {
 		s.names.take(o.Name)
 	}
 	return s, damaged, nil
+}
+
+// Bereft reports whether a daemon began with a lifeline of its own and did not come to the end of giving up what had been mounted under another.
+func (s *Session) Bereft() (yes bool, err error) {
+	err = s.db.View(func(tx *bbolt.Tx) error {
+		yes = tx.Bucket(bucketMeta).Get(keyBereft) != nil
+		return nil
+	})
+	if err != nil {
+		err = fmt.Errorf("state: read whether mounts lost their lifeline: %w", err)
+	}
+	return yes, err
+}
+
+// SetBereft records what [Session.Bereft] reports. ORDER: true before the supervisor is given the new lifeline, which whoever comes next would
+// take for the one that the mounts on record have; false when none of them is on record any more.
+func (s *Session) SetBereft(yes bool) error {
+	err := s.update("record that mounts lost their lifeline", func(tx *bbolt.Tx) error {
+		defer crash.Point("state.set-bereft.before-commit")
+		if !yes {
+			return tx.Bucket(bucketMeta).Delete(keyBereft)
+		}
+		return tx.Bucket(bucketMeta).Put(keyBereft, []byte{1})
+	})
+	crash.Point("state.set-bereft.after-commit")
+	return err
 }
 
 // Objects returns the held objects on record, by name.

@@ -268,6 +268,9 @@ func (k *Kernel) unmount(dir string) error {
 // abandon makes what is mounted on dir unreadable, and unmounts it lazily.
 func (k *Kernel) abandon(dir string) error {
 	m := k.mounts[dir]
+	if dir == "" {
+		return nil
+	}
 	if m == nil {
 		return fmt.Errorf("abandoning %s: no image is mounted there", dir)
 	}

@@ -137,6 +137,21 @@ func TestKilledDaemonGivesNoReaderAWrongByte(t *testing.T) {
 	m.compare(t, mnt)
 }
 
+func TestIdleDaemonWithNothingMountedComesBackForACommandAndLetsItsKeeperEnd(t *testing.T) {
+	h := newHost(t, "--idle-exit", "300ms")
+	_, image, m := counted(t, h, link.Config{}, 1)
+	idles := 0
+	idle := func() {
+		idles++
+		h.until("the daemon is idle", func() bool { return strings.Count(h.Log(), "the command is idle") >= idles })
+	}
+	idle()
+	mnt := h.mount(image)
+	m.compare(t, mnt)
+	h.must("umount", mnt)
+	idle() // and the host is stopped, which wants the keeper's end
+}
+
 func TestFrozenDaemonIsReplacedAndItsReaderServed(t *testing.T) {
 	dir, engine := workDir(t)
 	h := startHostWith(t, host.Options{Bin: bin, Dir: dir, Keep: []string{"--watchdog", "3s"}, Serve: []string{"--engine", engine}})

@@ -11,6 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"holdfast/daemon"
 	"holdfast/tests/load"
 )
 
@@ -19,6 +20,9 @@ import (
 type flow struct {
 	name  string
 	serve []string // more flags of serve
+	// engine is the one whose matter the flow is; "": it is both's.
+	engine string
+	daemon []string // a command line that runs the daemon's
 	// skip is how many kills are the flow's own.
 	skip int
 	// plans says how a case's plan is to be given to the daemon, and to the successor in an upgrade; nil: to the daemon as it is, and the
@@ -51,6 +55,9 @@ var flows = []flow{
 	{name: "lost", run: lostFlow},
 	{name: "idle", serve: []string{"--idle-exit", "500ms"}, run: idleFlow},
 	{name: "check", run: checkFlow},
+	{name: "opening", engine: "cachefiles", skip: 1, plans: func(p string) (string, string) { return "cachefiles.open.after-hold:1," + p, "" }, run: mountsFlow},
+	{name: "unheld", engine: "cachefiles", skip: 1, plans: func(p string) (string, string) { return "cachefiles.open.before-hold:1," + p, "" }, run: mountsFlow},
+	{name: "full", engine: "cachefiles", daemon: []string{"env", "FDSTORE=8"}, run: fullFlow},
 }
 
 // underway mounts the image and puts readers on it.
@@ -113,6 +120,26 @@ func mountsFlow(r *rig, f *flight) error {
 			return fmt.Errorf("O2: %w", err)
 		}
 		return r.umount(dir)
+	})
+}
+
+// fullFlow mounts more than the supervisor holds descriptors for: what would not outlive the daemon is refused.
+func fullFlow(r *rig, f *flight) error {
+	if _, err := underway(r); err != nil {
+		return err
+	}
+	dir, err := os.MkdirTemp(r.dir, "mnt-")
+	if err != nil {
+		return err
+	}
+	return repeat(r, f, func() error {
+		kills := r.kills()
+		prefetch := false
+		_, err := r.client.Mount(context.Background(), daemon.MountRequest{Image: r.image.ref, Dir: dir, Domain: "full", Prefetch: &prefetch})
+		if err == nil && r.spared(kills) {
+			return errors.New("O4: mounted, though the supervisor has no room for all its objects")
+		}
+		return r.settled()
 	})
 }
 

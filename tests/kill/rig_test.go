@@ -47,6 +47,7 @@ type options struct {
 	crash       string        // HOLDFAST_CRASH
 	successor   string        // that of successors
 	serve       []string      // more flags
+	daemon      []string      // a command line that runs the daemon's
 	kills       []killer.Kill // not nil: under the tracer
 	env         []string
 }
@@ -65,7 +66,7 @@ func newRig(o options) (*rig, error) {
 		return nil, errors.Join(err, os.RemoveAll(dir))
 	}
 	r.opts = host.Options{
-		Bin: o.bin, Dir: dir,
+		Bin: o.bin, Dir: dir, Daemon: o.daemon,
 		Serve: append([]string{"--engine", o.engine, "--read-ahead", "4KiB", "--prefetch", "off"}, o.serve...),
 		Env:   append(o.env, "HOLDFAST_CRASH_DIR="+r.marks, "HOLDFAST_CRASH="+o.crash),
 	}
@@ -91,7 +92,9 @@ func (r *rig) start() (err error) {
 		if r.kills() == kills {
 			return fmt.Errorf("start: %w", err)
 		}
-		r.opts.Keeper, r.opts.Daemon = nil, nil // a tracer has one keeper
+		if r.report != "" {
+			r.opts.Keeper, r.opts.Daemon = nil, nil // a tracer has one keeper
+		}
 	}
 }
 

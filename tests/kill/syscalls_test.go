@@ -37,14 +37,24 @@ func script(r *rig) error {
 	if err := r.umount(side); err != nil {
 		return err
 	}
-	kills := r.kills()
-	if _, err := r.optional(r.bin, "upgrade"); err != nil && r.spared(kills) {
-		return fmt.Errorf("upgrade without a kill: %w", err)
+	if err := upgrade(r); err != nil {
+		return err
 	}
 	if err := r.stopLoads(); err != nil {
 		return err
 	}
 	return r.verify()
+}
+
+// upgrade upgrades, if nobody is killed: on a machine that is busy with other things a successor may be too slow, which is refused.
+func upgrade(r *rig) (err error) {
+	for range attempts {
+		kills := r.kills()
+		if _, err = r.optional(r.bin, "upgrade"); err == nil || !r.spared(kills) {
+			return nil
+		}
+	}
+	return fmt.Errorf("upgrade without a kill: %w", err)
 }
 
 // traced runs the script under the tracer.
