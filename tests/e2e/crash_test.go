@@ -140,16 +140,17 @@ func TestKilledDaemonGivesNoReaderAWrongByte(t *testing.T) {
 func TestIdleDaemonWithNothingMountedComesBackForACommandAndLetsItsKeeperEnd(t *testing.T) {
 	h := newHost(t, "--idle-exit", "300ms")
 	_, image, m := counted(t, h, link.Config{}, 1)
-	idles := 0
-	idle := func() {
-		idles++
-		h.until("the daemon is idle", func() bool { return strings.Count(h.Log(), "the command is idle") >= idles })
+	idle := func(since string) {
+		h.until("the daemon is idle", func() bool {
+			log := h.Log()
+			return strings.LastIndex(log, "the command is idle") > strings.LastIndex(log, since)
+		})
 	}
-	idle()
+	idle(`"serving"`)
 	mnt := h.mount(image)
 	m.compare(t, mnt)
 	h.must("umount", mnt)
-	idle() // and the host is stopped, which wants the keeper's end
+	idle(`"unmounted"`) // and the host is stopped, which wants the keeper's end
 }
 
 func TestFrozenDaemonIsReplacedAndItsReaderServed(t *testing.T) {
