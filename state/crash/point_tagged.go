@@ -14,36 +14,48 @@ import (
 
 // A plan is what the environment says.
 type plan struct {
-	dir   string
+	dir     string
+	entries []string
+
+	mu    sync.Mutex
+	kills int    // that were done, by this process's predecessors, or by another one beside it
 	name  string // where to die; "": nowhere
 	hits  int    // how many more times to come by it, the last of them dying
-	kills int    // that were done before this process
-
-	mu   sync.Mutex
-	seen map[string]bool
+	seen  map[string]bool
 }
 
 var read = sync.OnceValue(func() *plan {
-	p := &plan{dir: os.Getenv("HOLDFAST_CRASH_DIR"), seen: map[string]bool{}}
-	entries := strings.Split(os.Getenv("HOLDFAST_CRASH"), ",")
-	for p.dir != "" {
-		if _, err := os.Lstat(p.marker(p.kills)); err != nil {
-			break
-		}
+	p := &plan{dir: os.Getenv("HOLDFAST_CRASH_DIR"), entries: strings.Split(os.Getenv("HOLDFAST_CRASH"), ","), seen: map[string]bool{}}
+	p.take()
+	return p
+})
+
+// take takes the entry that follows the kills which were done.
+func (p *plan) take() {
+	p.name = ""
+	if p.dir == "" {
+		return
+	}
+	for p.done() {
 		p.kills++
 	}
-	if p.dir == "" || p.kills >= len(entries) || entries[p.kills] == "" {
-		return p
+	if p.kills >= len(p.entries) || p.entries[p.kills] == "" {
+		return
 	}
-	name, n, _ := strings.Cut(entries[p.kills], ":")
+	name, n, _ := strings.Cut(p.entries[p.kills], ":")
 	hits, err := strconv.Atoi(n)
 	if err != nil || hits < 1 {
-		fmt.Fprintf(os.Stderr, "HOLDFAST_CRASH: %q is not name:n\n", entries[p.kills])
+		fmt.Fprintf(os.Stderr, "HOLDFAST_CRASH: %q is not name:n\n", p.entries[p.kills])
 		os.Exit(2)
 	}
 	p.name, p.hits = name, hits
-	return p
-})
+}
+
+// done reports whether somebody did the kill that is this plan's next.
+func (p *plan) done() bool {
+	_, err := os.Lstat(p.marker(p.kills))
+	return err == nil
+}
 
 func (p *plan) marker(n int) string { return filepath.Join(p.dir, "killed-"+strconv.Itoa(n)) }
 
@@ -58,6 +70,9 @@ func Point(name string) {
 	if !p.seen[name] {
 		p.seen[name] = true
 		mark(filepath.Join(p.dir, "seen-"+name))
+	}
+	if p.name != "" && p.done() { // the other of the two in a handover
+		p.take()
 	}
 	if name != p.name {
 		return
