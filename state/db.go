@@ -34,8 +34,9 @@ var stateLayout = layout{
 		bucketOf(string(bucketImages), func(i Image) string { return i.Digest }),
 		bucketOf(string(bucketObjects), func(o Object) string { return objectKey(o.Domain, o.ID) }),
 	},
-	lost:   "mounts on record there are not known any more",
-	locked: "is another daemon running with this root? stop it, or use another --root",
+	migrations: []func(*bbolt.Tx) error{nameDomains},
+	lost:       "mounts on record there are not known any more",
+	locked:     "is another daemon running with this root? stop it, or use another --root",
 }
 
 func objectKey(domain, id string) string { return domain + "\x00" + id }
@@ -89,12 +90,13 @@ func (d *DB) Claim(host string) error {
 	return d.update("record the host", func(tx *bbolt.Tx) error { return tx.Bucket(bucketMeta).Put(keyHost, []byte(host)) })
 }
 
-// RecordMount records a mount and its image, before anything is mounted: a mount nobody remembers would be worse than
-// one that is remembered and is not there.
+// RecordMount records a mount, its image, and that there may be an object for each of the image's blobs in the mount's domain, before
+// anything is mounted or cached: a mount or a file nobody remembers would be worse than one that is remembered and is not there. What was
+// being removed of them is no longer.
 func (d *DB) RecordMount(m Mount, i Image) error {
 	err := d.update("record mount "+m.Dir, func(tx *bbolt.Tx) error {
 		defer crash.Point("state.record-mount.before-commit")
-		return errors.Join(put(tx, bucketImages, i.Digest, i), put(tx, bucketMounts, m.ID, m))
+		return errors.Join(refer(tx, m, i), put(tx, bucketMounts, m.ID, m))
 	})
 	crash.Point("state.record-mount.after-commit")
 	return err
@@ -149,12 +151,9 @@ func (d *DB) StampObject(o Object) error {
 
 // Object returns the record of an object; the zero Object when there is none.
 func (d *DB) Object(domain, id string) (o Object, err error) {
-	err = d.db.View(func(tx *bbolt.Tx) error {
-		v := tx.Bucket(bucketObjects).Get([]byte(objectKey(domain, id)))
-		if v == nil {
-			return nil
-		}
-		return decode(v, &o)
+	err = d.db.View(func(tx *bbolt.Tx) (err error) {
+		o, _, err = get[Object](tx, bucketObjects, objectKey(domain, id))
+		return err
 	})
 	if err != nil {
 		err = fmt.Errorf("state: read object %s of %s: %w", id, domain, err)

@@ -30,8 +30,8 @@ var (
 		ID: "mount-a", Image: "sha256:01", Ref: "oci:/x:y", Dir: "/mnt", Domain: "d", Bootstrap: "02", Prefetch: true,
 		PrefetchBPS: 7, Created: time.Date(2026, 1, 2, 3, 4, 5, 6, time.UTC),
 	}
-	testImage  = Image{Digest: "sha256:01", Ref: "oci:/x:y", Size: 8, Created: testMount.Created}
-	testObject = Object{Domain: "d", ID: "03", Boot: "b", Table: "t"}
+	testImage  = Image{Digest: "sha256:01", Ref: "oci:/x:y", Size: 8, Created: testMount.Created, Blobs: []Blob{{ID: "03", Size: 4096}}, Domains: []string{"d"}}
+	testObject = Object{Domain: "d", ID: "03", Boot: "b", Table: "t", Size: 4096}
 )
 
 // fill puts one record of each kind in.

@@ -23,7 +23,7 @@ func TestExportIsAllThatIsOnRecordAndChangesNothing(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := StateExport{
-		Origin: Origin{Schema: 1, Release: "1.0"}, Mounts: []Mount{testMount}, Images: []Image{testImage}, Objects: []Object{testObject},
+		Origin: Origin{Schema: stateLayout.schema(), Release: "1.0"}, Mounts: []Mount{testMount}, Images: []Image{testImage}, Objects: []Object{testObject},
 		Damaged: []DamagedRecord{{Bucket: "mounts", Key: "mount-b", Value: []byte{1, '{'}}},
 	}
 	e, err := ReadState(path)

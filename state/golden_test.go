@@ -33,6 +33,9 @@ func TestFilesOfEveryReleaseAreRead(t *testing.T) {
 		db := open1(t, copyFile(t, path, filepath.Join(dir, "state.db")))
 		e, err := db.Export()
 		want := StateExport{Origin: Origin{Schema: stateLayout.schema(), Release: "1.0"}, Mounts: []Mount{testMount}, Images: []Image{testImage}, Objects: []Object{testObject}}
+		if filepath.Base(path) == "state-schema1.db" { // which knows no blobs, and no sizes
+			want.Images[0].Blobs, want.Objects[0].Size = nil, 0
+		}
 		if diff := cmp.Diff(want, e); diff != "" || err != nil {
 			t.Errorf("%s (%v): %s", path, err, diff)
 		}
@@ -65,19 +68,27 @@ func TestFilesOfEveryReleaseAreRead(t *testing.T) {
 	}
 }
 
+// writeGolden writes the files that are not there: what a release wrote does not change.
 func writeGolden(t *testing.T, state, session, inbox string) {
 	t.Helper()
-	for _, path := range []string{state, session, inbox} {
-		if _, err := os.Stat(path); err == nil {
-			t.Fatalf("%s is there: what a release wrote does not change", path)
-		}
+	missing := func(path string) bool {
+		_, err := os.Stat(path)
+		return err != nil
 	}
-	db := open1(t, state)
-	fill(t, db)
-	s := openSession(t, session, "boot-a")
-	fillSession(t, s)
-	if err := errors.Join(db.Close(), s.Close(), os.WriteFile(inbox, deadInbox(t), 0o600)); err != nil {
-		t.Fatal(err)
+	if missing(state) {
+		db := open1(t, state)
+		fill(t, db)
+		db.Close()
+	}
+	if missing(session) {
+		s := openSession(t, session, "boot-a")
+		fillSession(t, s)
+		s.Close()
+	}
+	if missing(inbox) {
+		if err := os.WriteFile(inbox, deadInbox(t), 0o600); err != nil {
+			t.Fatal(err)
+		}
 	}
 }
 

@@ -33,20 +33,32 @@ const (
 	StageOffline Stage = "offline"
 )
 
-// An Image is a saved image on record.
+// An Image is a saved image on record. While it is, it refers to each of its blobs in each of its domains.
 type Image struct {
-	Digest  string    `json:"digest"`
-	Ref     string    `json:"ref"`  // as it was given last
-	Size    int64     `json:"size"` // of its objects, in bytes
-	Created time.Time `json:"created"`
+	Digest   string    `json:"digest"`
+	Ref      string    `json:"ref"`  // as it was given last
+	Size     int64     `json:"size"` // of its objects, in bytes
+	Created  time.Time `json:"created"`
+	Blobs    []Blob    `json:"blobs"`              // nil: a release before schema 2 recorded it, and what it refers to is not known yet
+	Domains  []string  `json:"domains"`            // it was mounted in, sorted
+	Removing bool      `json:"removing,omitempty"` // it refers to nothing any more; what is saved of it is being removed
 }
 
-// An Object says when the presence of a cache object was last settled: in which boot, and by which chunk table.
+// A Blob is one that an image refers to.
+type Blob struct {
+	ID   string `json:"id"`
+	Size int64  `json:"size"` // of its object, in bytes
+}
+
+// An Object is a cache object that there may be. It is on record before anything of it is cached, until all of it is removed.
+// Boot and Table say when its presence was last settled: in which boot, and by which chunk table; "" if it never was.
 type Object struct {
-	Domain string `json:"domain"`
-	ID     string `json:"id"`
-	Boot   string `json:"boot"`  // boot id
-	Table  string `json:"table"` // fingerprint
+	Domain   string `json:"domain"`
+	ID       string `json:"id"`
+	Boot     string `json:"boot"`               // boot id
+	Table    string `json:"table"`              // fingerprint
+	Size     int64  `json:"size,omitempty"`     // bytes; 0: a release before schema 2 recorded it
+	Removing bool   `json:"removing,omitempty"` // nothing refers to it, and what is cached of it is being removed
 
 	// Stamp is that of the cache file when all of it was found right and had been synced, also across boots; "": it was not.
 	Stamp string `json:"stamp,omitempty"`

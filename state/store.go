@@ -383,19 +383,35 @@ func put(tx *bbolt.Tx, bucket []byte, key string, v any) error {
 	return tx.Bucket(bucket).Put([]byte(key), b)
 }
 
-func list[T any](s *store, bucket []byte) (all []T, err error) {
+// get reads a record, and says whether there is one.
+func get[T any](tx *bbolt.Tx, bucket []byte, key string) (t T, ok bool, err error) {
+	v := tx.Bucket(bucket).Get([]byte(key))
+	if v == nil {
+		return t, false, nil
+	}
+	return t, true, decode(v, &t)
+}
+
+// all reads the records of a bucket.
+func all[T any](tx *bbolt.Tx, bucket []byte) (list []T, err error) {
+	err = tx.Bucket(bucket).ForEach(func(_, v []byte) error {
+		var t T
+		if err := decode(v, &t); err != nil {
+			return err
+		}
+		list = append(list, t)
+		return nil
+	})
+	return list, err
+}
+
+func list[T any](s *store, bucket []byte) (list []T, err error) {
 	err = s.db.View(func(tx *bbolt.Tx) error {
-		return tx.Bucket(bucket).ForEach(func(_, v []byte) error {
-			var t T
-			if err := decode(v, &t); err != nil {
-				return err
-			}
-			all = append(all, t)
-			return nil
-		})
+		list, err = all[T](tx, bucket)
+		return err
 	})
 	if err != nil {
 		err = fmt.Errorf("state: read %s: %w", bucket, err)
 	}
-	return all, err
+	return list, err
 }
