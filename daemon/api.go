@@ -28,7 +28,7 @@ const apiGrace = 5 * time.Second
 type MountRequest struct {
 	Image       string `json:"image"`                  // oci:PATH[:TAG], docker://REF or rafs:BOOTSTRAP[,BLOBDIR]; paths absolute
 	Dir         string `json:"dir"`                    // absolute, clean, exists
-	Domain      string `json:"domain,omitempty"`       // "": DefaultDomain
+	Domain      string `json:"domain,omitempty"`       // "": one for the image's registry and the credentials for it, or LocalDomain
 	Prefetch    *bool  `json:"prefetch,omitempty"`     // nil: as the daemon is configured
 	PrefetchBPS *int64 `json:"prefetch_bps,omitempty"` // bytes a second, 0: no limit; nil: as the daemon is configured
 }
@@ -53,6 +53,7 @@ type ImageInfo struct {
 	Ref     string    `json:"ref"`     // as it was given last
 	Size    int64     `json:"size"`    // of its data, in bytes
 	Present int64     `json:"present"` // of that, in the cache; counted while it is mounted
+	Domains []string  `json:"domains"` // it was mounted in
 	Mounts  []string  `json:"mounts"`  // directories
 	Created time.Time `json:"created"`
 }
@@ -113,8 +114,9 @@ type route func(r *http.Request) (status int, answer any, err error)
 func (d *Daemon) handler() http.Handler {
 	paths := map[string]map[string]route{
 		"/v1/mounts":  {http.MethodGet: d.getMounts, http.MethodPost: d.postMounts, http.MethodDelete: d.deleteMounts},
-		"/v1/images":  {http.MethodGet: d.getImages},
+		"/v1/images":  {http.MethodGet: d.getImages, http.MethodDelete: d.deleteImages},
 		"/v1/dedup":   {http.MethodGet: d.getDedup},
+		"/v1/gc":      {http.MethodPost: d.postGC},
 		"/v1/status":  {http.MethodGet: d.getStatus},
 		"/v1/state":   {http.MethodGet: d.getState},
 		"/v1/upgrade": {http.MethodPost: d.postUpgrade},
@@ -144,7 +146,7 @@ func (d *Daemon) handler() http.Handler {
 func dispatch(paths map[string]map[string]route, w http.ResponseWriter, r *http.Request) (int, any, error) {
 	methods, ok := paths[r.URL.Path]
 	if !ok {
-		return 0, nil, notFound("this daemon's API is /v1/mounts, /v1/images, /v1/dedup, /v1/prefetch, /v1/status, /v1/state and /v1/upgrade", "no such path: %q", r.URL.Path)
+		return 0, nil, notFound("this daemon's API is /v1/mounts, /v1/images, /v1/dedup, /v1/prefetch, /v1/gc, /v1/status, /v1/state and /v1/upgrade", "no such path: %q", r.URL.Path)
 	}
 	f, ok := methods[r.Method]
 	if !ok {
@@ -197,6 +199,35 @@ func (d *Daemon) postMounts(r *http.Request) (int, any, error) {
 		return 0, nil, err
 	}
 	return http.StatusCreated, m.info(), nil
+}
+
+// deleteImages takes the images as the query's image, which may come several times.
+func (d *Daemon) deleteImages(r *http.Request) (int, any, error) {
+	q := r.URL.Query()
+	for name := range q {
+		if name != "image" {
+			return 0, nil, invalid("the query has one parameter, image", "unknown parameter %q", name)
+		}
+	}
+	if len(q["image"]) == 0 {
+		return 0, nil, invalid("give images as ?image=", "no image named")
+	}
+	report, err := d.removeImages(r.Context(), q["image"])
+	return http.StatusOK, report, err
+}
+
+// A GCRequest is the body of POST /v1/gc.
+type GCRequest struct {
+	DryRun bool `json:"dry_run,omitempty"` // only say what would be removed
+}
+
+func (d *Daemon) postGC(r *http.Request) (int, any, error) {
+	var req GCRequest
+	if err := errors.Join(noQuery(r), decodeBody(r, &req)); err != nil {
+		return 0, nil, err
+	}
+	report, err := d.gc(r.Context(), req.DryRun)
+	return http.StatusOK, report, err
 }
 
 // postUpgrade goes on whoever asked for it goes away: half an upgrade helps nobody.

@@ -89,7 +89,7 @@ func benchEngine(b *testing.B, inbox fscache.Inbox) (e *fanotify.Engine, key fsc
 	if err != nil {
 		b.Fatal(err)
 	}
-	key = fscache.Key{Domain: DefaultDomain, ID: "aa"}
+	key = fscache.Key{Domain: LocalDomain, ID: "aa"}
 	blob = filepath.Join(b.TempDir(), "blob")
 	if err := errors.Join(os.WriteFile(blob, nil, 0o600), os.Truncate(blob, benchSize)); err != nil {
 		b.Fatal(err)

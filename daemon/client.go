@@ -81,6 +81,18 @@ func (c *Client) Prefetching(ctx context.Context, r PrefetchRequest) (p Prefetch
 	return p, err
 }
 
+// RemoveImages takes images off the record, by digest or reference, and removes what only they need.
+func (c *Client) RemoveImages(ctx context.Context, images ...string) (r GCReport, err error) {
+	err = c.call(ctx, http.MethodDelete, "/v1/images?"+url.Values{"image": images}.Encode(), nil, &r)
+	return r, err
+}
+
+// GC removes what nothing on record refers to, or with dryRun only says what that is.
+func (c *Client) GC(ctx context.Context, dryRun bool) (r GCReport, err error) {
+	err = c.call(ctx, http.MethodPost, "/v1/gc", GCRequest{DryRun: dryRun}, &r)
+	return r, err
+}
+
 // Status returns what the daemon is doing.
 func (c *Client) Status(ctx context.Context) (s Status, err error) {
 	err = c.call(ctx, http.MethodGet, "/v1/status", nil, &s)

@@ -37,7 +37,7 @@ type Daemon struct {
 	shelf    shelf
 	pump     *pump
 	recorder *recorder
-	saving   sync.Mutex // one image is saved at a time: two may be the same
+	saving   sync.Mutex // over what is done to the directories of saved images, until that is on record
 
 	succession succession
 	lastUsed   atomic.Int64                   // when the kernel or a client last asked for something, in nanoseconds since began

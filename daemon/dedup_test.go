@@ -216,7 +216,7 @@ func TestFewCachedChunksInTheMiddleOfARangeAreFetchedWithIt(t *testing.T) {
 
 // newPieces makes a blob of pieces that other blobs may have too.
 func newPieces(id string, pieces []int) *testBlob {
-	b := &testBlob{key: fscache.Key{Domain: DefaultDomain, ID: id}}
+	b := &testBlob{key: fscache.Key{Domain: LocalDomain, ID: id}}
 	var rows []rafs.Chunk
 	for _, n := range pieces {
 		p := make([]byte, 1000+n*3000)
@@ -270,7 +270,7 @@ func TestReadsAreRightWhateverIsCopied(t *testing.T) {
 						unmount()
 					}
 				}
-				if n, objects := r.d.index.size.Load(), len(r.d.index.domain(DefaultDomain).objects); n != 0 || objects != 0 {
+				if n, objects := r.d.index.size.Load(), len(r.d.index.domain(LocalDomain).objects); n != 0 || objects != 0 {
 					t.Errorf("%d chunks and %d objects of unmounted images are indexed", n, objects)
 				}
 			})

@@ -39,17 +39,6 @@ func ImageDir(root, digest string) (string, error) {
 	return filepath.Join(root, imagesDir, hexa), nil
 }
 
-// save keeps all of an image but its blobs' data, so that it can be served without asking where it came from. Where its blobs are is each
-// mount's own record.
-func (d *Daemon) save(i *image.Image) (dir string, err error) {
-	if dir, err = d.imageDir(i.Digest); err != nil {
-		return "", err
-	}
-	d.saving.Lock()
-	defer d.saving.Unlock()
-	return dir, i.Save(dir)
-}
-
 // A bootstrap is a saved image's metadata. Engines that are asked for it fill it like any other cache object.
 type bootstrap struct {
 	path   string
@@ -339,7 +328,7 @@ func (d *Daemon) images() ([]ImageInfo, error) {
 }
 
 func imageInfo(r state.Image, mounts []*mount) ImageInfo {
-	i := ImageInfo{Digest: r.Digest, Ref: r.Ref, Size: r.Size, Created: r.Created, Mounts: []string{}}
+	i := ImageInfo{Digest: r.Digest, Ref: r.Ref, Size: r.Size, Created: r.Created, Domains: r.Domains, Mounts: []string{}}
 	seen := map[fscache.Key]bool{}
 	for _, m := range mounts {
 		if m.record.Image != r.Digest {

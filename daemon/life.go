@@ -38,6 +38,7 @@ func (d *Daemon) Run(ctx context.Context) error {
 	}
 	d.begin()
 	d.remount(ctx)
+	d.background.Go(func() { d.tidy(d.base) }) // ends with base
 	return d.serveUntil(ctx, l)
 }
 

@@ -363,7 +363,7 @@ func TestImageOfAnotherBuilderIsServedToTheByte(t *testing.T) {
 		t.Fatal(err)
 	}
 	h.d.mounts.list()[0].prefetch.wg.Wait()
-	o := h.d.objects.get(fscache.Key{Domain: DefaultDomain, ID: id})
+	o := h.d.objects.get(fscache.Key{Domain: LocalDomain, ID: id})
 	got := make([]byte, o.size())
 	if err := h.d.engine.ReadAt(o.key, got, 0); err != nil {
 		t.Fatal(err)

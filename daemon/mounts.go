@@ -192,7 +192,7 @@ func (d *Daemon) mount(ctx context.Context, r MountRequest) (_ *mount, err error
 	}
 	defer done()
 	m := &mount{record: state.Mount{
-		ID: "m" + strings.ToLower(rand.Text()[:15]), Ref: r.Image, Dir: r.Dir, Domain: cmp.Or(r.Domain, DefaultDomain),
+		ID: "m" + strings.ToLower(rand.Text()[:15]), Ref: r.Image, Dir: r.Dir, Domain: r.Domain,
 		Prefetch: d.opt.Prefetch, PrefetchBPS: d.opt.PrefetchBPS, Boot: d.boot, Created: time.Now().UTC(),
 	}}
 	if r.Prefetch != nil {
@@ -201,7 +201,7 @@ func (d *Daemon) mount(ctx context.Context, r MountRequest) (_ *mount, err error
 	if r.PrefetchBPS != nil {
 		m.record.PrefetchBPS = *r.PrefetchBPS
 	}
-	if err := d.admissible(r, m.record.Domain); err != nil {
+	if err := d.admissible(r, cmp.Or(r.Domain, LocalDomain)); err != nil {
 		return nil, err
 	}
 	if err := d.mounts.reserve(m); err != nil {
@@ -219,6 +219,11 @@ func (d *Daemon) mount(ctx context.Context, r MountRequest) (_ *mount, err error
 		return nil, unusable(err)
 	}
 	undo.add(func() error { return d.part(m, d.letGo(m)) })
+	if r.Domain == "" { // the credentials have just been of use: the image was fetched with them
+		if m.record.Domain, err = d.domainOf(ctx, r.Image); err != nil {
+			return nil, err
+		}
+	}
 	if err := d.attach(ctx, m, &undo); err != nil {
 		return nil, err
 	}
@@ -233,18 +238,8 @@ func (d *Daemon) mount(ctx context.Context, r MountRequest) (_ *mount, err error
 // ORDER: the image is saved before it is on record, and on record before it is mounted, so that whatever is found
 // mounted after a crash can be served.
 func (d *Daemon) attach(ctx context.Context, m *mount, undo *undo) error {
-	m.record.Image, m.record.Ref = m.image.Digest, m.image.Ref
-	dir, err := d.save(m.image)
+	boot, err := d.enter(m)
 	if err != nil {
-		return err
-	}
-	boot, err := d.bootstrapOf(dir, m.image)
-	if err != nil {
-		return err
-	}
-	m.record.Bootstrap = boot.sum
-	saved := state.Image{Digest: m.image.Digest, Ref: m.record.Ref, Size: imageSize(m.image), Created: m.record.Created}
-	if err := d.state.RecordMount(m.record, saved); err != nil {
 		return err
 	}
 	if err := d.holdAll(ctx, m, boot); err != nil {
@@ -254,6 +249,37 @@ func (d *Daemon) attach(ctx context.Context, m *mount, undo *undo) error {
 		return mountFailed(err)
 	}
 	return nil
+}
+
+// enter saves an opened image and puts its mount on record. An image that is removed meanwhile is removed before that or not at all.
+func (d *Daemon) enter(m *mount) (*bootstrap, error) {
+	m.record.Image, m.record.Ref = m.image.Digest, m.image.Ref
+	dir, err := d.imageDir(m.image.Digest)
+	if err != nil {
+		return nil, err
+	}
+	d.saving.Lock()
+	defer d.saving.Unlock()
+	// All but the blobs' data, so that it can be served without asking where it came from. Where its blobs are is each mount's own record.
+	if err := m.image.Save(dir); err != nil {
+		return nil, err
+	}
+	boot, err := d.bootstrapOf(dir, m.image)
+	if err != nil {
+		return nil, err
+	}
+	m.record.Bootstrap = boot.sum
+	saved := state.Image{Digest: m.image.Digest, Ref: m.record.Ref, Size: imageSize(m.image), Created: m.record.Created, Blobs: blobsOf(m.image)}
+	return boot, d.state.RecordMount(m.record, saved)
+}
+
+// blobsOf lists what an image refers to.
+func blobsOf(i *image.Image) []state.Blob {
+	list := make([]state.Blob, 0, len(i.Blobs))
+	for _, b := range i.Blobs {
+		list = append(list, state.Blob{ID: b.Info.ID, Size: int64(b.Table.Size())})
+	}
+	return list
 }
 
 // holdAll makes the objects of m ready.
@@ -465,22 +491,6 @@ func (d *Daemon) admissible(r MountRequest, domain string) error {
 	}
 	if fstype, ok := points[r.Dir]; ok {
 		return conflict("unmount it first, or choose another directory", "mount on %s: a file system (%s) is mounted there", r.Dir, fstype)
-	}
-	return nil
-}
-
-// checkDomain accepts names that are safe as a directory and as a part of the kernel's volume keys: 1 to 64 of a-z, 0-9,
-// '.', '_' and '-', beginning with a letter or digit.
-func checkDomain(name string) error {
-	const hint = "use 1 to 64 of a-z, 0-9, '.', '_' and '-', beginning with a letter or a digit"
-	if len(name) > 64 {
-		return invalid(hint, "domain name of %d bytes", len(name))
-	}
-	for i, c := range []byte(name) {
-		word := 'a' <= c && c <= 'z' || '0' <= c && c <= '9'
-		if !word && (i == 0 || !strings.ContainsRune("._-", rune(c))) {
-			return invalid(hint, "domain name %q", name)
-		}
 	}
 	return nil
 }

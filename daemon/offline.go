@@ -90,7 +90,7 @@ func mountOffline(ctx context.Context, r OfflineRequest) (m OfflineMount, err er
 		ID: "m" + strings.ToLower(rand.Text()[:15]), Image: on.image.Digest, Ref: on.image.Ref, Dir: r.Dir, Domain: r.Domain,
 		Bootstrap: strings.TrimPrefix(img.Sum, "sha256:"), Boot: on.boot, Created: time.Now().UTC(), Stage: state.StageOffline,
 	}
-	if err := withState(r.Root, r.Release, func(db *state.DB) error { return db.UpdateMount(record) }); err != nil {
+	if err := withState(r.Root, r.Release, func(db *state.DB) error { return db.RecordOffline(record) }); err != nil {
 		return m, err
 	}
 	defer func() {
@@ -152,6 +152,9 @@ func readOffline(r OfflineRequest) (on onRecord, err error) {
 	i, err := recordedImage(e, r.Image)
 	if err != nil {
 		return on, err
+	}
+	if i.Removing {
+		return on, fmt.Errorf("image %s is being removed: mount it through the daemon, which brings it in again", i.Ref)
 	}
 	on.image = i
 	if on.dir, err = ImageDir(r.Root, i.Digest); err != nil {

@@ -20,7 +20,6 @@ const (
 	DefaultReadDeadline = 5 * time.Minute
 	DefaultStreams      = 8
 	DefaultStopTimeout  = 10 * time.Second
-	DefaultDomain       = "default"
 )
 
 // Options say what a daemon works with. Engine, Log, Root and Socket are required.

@@ -32,7 +32,7 @@ func (d *Daemon) settle(ctx context.Context, o *object) error {
 		return fmt.Errorf("find what is cached of %s: %w", o.key, err)
 	}
 	whole := o.covered(extents)
-	want := state.Object{Domain: o.key.Domain, ID: o.key.ID, Boot: d.boot, Table: o.print}
+	want := state.Object{Domain: o.key.Domain, ID: o.key.ID, Boot: d.boot, Table: o.print, Size: o.size()}
 	known, err := d.state.Object(o.key.Domain, o.key.ID)
 	if err != nil {
 		return err
@@ -40,8 +40,7 @@ func (d *Daemon) settle(ctx context.Context, o *object) error {
 	if known.Table != "" && known.Table != o.print && !d.readsBack(o.key) {
 		return fmt.Errorf("object %s: what is cached was described differently by another image, and the engine cannot check it; mount this image in another domain: %w", o.key, errConflict)
 	}
-	known.Stamp = "" // which is of no use here: it says nothing of an incomplete file
-	if known != want {
+	if known.Boot != want.Boot || known.Table != want.Table {
 		whole, err = d.verify(ctx, o, whole)
 		switch {
 		case errors.Is(err, fscache.ErrNotOpen):

@@ -74,7 +74,7 @@ func everyByte(rt *rapid.T, t *testing.T, mode simkernel.Mode) {
 // drawBlob makes a blob whose chunks have any size, lie in the blob in any order and are stored either way.
 func drawBlob(rt *rapid.T, seed uint64) *testBlob {
 	rng := rand.New(rand.NewPCG(seed, 2))
-	b := &testBlob{key: fscache.Key{Domain: DefaultDomain, ID: "aa"}}
+	b := &testBlob{key: fscache.Key{Domain: LocalDomain, ID: "aa"}}
 	sizes := rapid.SliceOfN(rapid.SampledFrom([]int{0, 1, 100, 4096, 4096, 5000, 60_000, 65_536, 300_000}), 1, 24).Draw(rt, "sizes")
 	var rows []rafs.Chunk
 	for _, n := range sizes {

@@ -260,7 +260,7 @@ type testBlob struct {
 // newBlob makes a blob of chunks with the given sizes in bytes; 0 stands for a zero row of two blocks.
 func newBlob(id string, seed uint64, codec rafs.Codec, sizes ...int) *testBlob {
 	rng := rand.New(rand.NewPCG(seed, 1))
-	b := &testBlob{key: fscache.Key{Domain: DefaultDomain, ID: id}}
+	b := &testBlob{key: fscache.Key{Domain: LocalDomain, ID: id}}
 	var rows []rafs.Chunk
 	for _, n := range sizes {
 		if n == 0 {

@@ -62,14 +62,14 @@ func TestSharingCountsWhatImagesOfADomainHaveInCommon(t *testing.T) {
 	if want := (SharingSums{Images: 3, Objects: 3, Size: 2*size + more, Shared: size, Saved: present, Copied: 4096}); s.Host != want {
 		t.Errorf("host %+v, want %+v", s.Host, want)
 	}
-	domains := []DomainSharing{{DefaultDomain, shared}, {"other", SharingSums{Images: 1, Objects: 1, Size: size}}}
+	domains := []DomainSharing{{LocalDomain, shared}, {"other", SharingSums{Images: 1, Objects: 1, Size: size}}}
 	if !slices.Equal(s.Domains, domains) {
 		t.Errorf("domains %+v, want %+v", s.Domains, domains)
 	}
 	want := map[string]ImageSharing{
-		one + DefaultDomain: {Size: size, Shared: size, Copied: 4096},
-		two + DefaultDomain: {Size: size + more, Shared: size, Copied: 4096},
-		one + "other":       {Size: size},
+		one + LocalDomain: {Size: size, Shared: size, Copied: 4096},
+		two + LocalDomain: {Size: size + more, Shared: size, Copied: 4096},
+		one + "other":     {Size: size},
 	}
 	for _, i := range s.Images {
 		w := want[i.Ref+i.Domain]

@@ -105,7 +105,7 @@ func (h *simHost) read(im simImage, dir string, off, n int64) *simRead {
 	r := &simRead{dir: dir, p: make([]byte, n), want: im.blobs[im.ids[0]][off : off+n]}
 	var err error
 	h.note("reader of %.6s %d+%d on %s", im.ids[0], off, n, filepath.Base(dir))
-	if r.Reader, err = h.kernel.StartRead(dir, fscache.Key{Domain: DefaultDomain, ID: im.ids[0]}, r.p, off); err != nil {
+	if r.Reader, err = h.kernel.StartRead(dir, fscache.Key{Domain: LocalDomain, ID: im.ids[0]}, r.p, off); err != nil {
 		h.fail("read: %v", err)
 	}
 	return r

@@ -146,6 +146,14 @@ type Engine interface {
 	// Complete says that every byte of the object was written: from here on the kernel need not ask (fanotify removes its
 	// mark). Calling it again changes nothing.
 	Complete(k Key) error
+	// Cull deletes the cached data of an object that is not added. ErrBusy: it is added, or in use in some mount namespace, or a predecessor
+	// still reads. It returns nil when there is no data, so that it can be repeated; when it returns, a power failure does not bring
+	// the data back. It waits for the kernel, which lets go of objects in its own time, for seconds at most, and holds nobody up but who adds
+	// the same object. fanotify removes the domain's directory with its last object; of cachefiles the directories are the kernel's.
+	Cull(ctx context.Context, k Key) error
+	// Usage is how many bytes of the cache's file system an object's data takes, added or not; 0: it has none.
+	Usage(k Key) (int64, error)
+
 	// Sync makes what was written to the object's cache file survive a power failure, as far as the engine can.
 	Sync(k Key) error
 

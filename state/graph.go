@@ -127,6 +127,21 @@ func refer(tx *bbolt.Tx, m Mount, i Image) error {
 	return nil
 }
 
+// RecordOffline records a mount of an image that is on record, made by a process that is no daemon. Its objects, and the image, are not
+// removed from here on.
+func (d *DB) RecordOffline(m Mount) error {
+	return d.update("record mount "+m.Dir, func(tx *bbolt.Tx) error {
+		i, ok, err := get[Image](tx, bucketImages, m.Image)
+		switch {
+		case err != nil:
+			return err
+		case !ok || i.Removing:
+			return fmt.Errorf("image %s was removed meanwhile: mount it through the daemon", m.Image)
+		}
+		return errors.Join(refer(tx, m, i), put(tx, bucketMounts, m.ID, m))
+	})
+}
+
 func union(lists ...[]string) []string {
 	all := slices.Concat(lists...)
 	slices.Sort(all)

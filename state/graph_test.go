@@ -167,3 +167,31 @@ func TestSecretIsOfOneFileAndStays(t *testing.T) {
 		t.Errorf("another file has the same, %v", err)
 	}
 }
+
+func TestOfflineMountKeepsItsImageAndIsRefusedOfOneThatIsBeingRemoved(t *testing.T) {
+	db := open1(t, filepath.Join(t.TempDir(), "state.db"))
+	fill(t, db)
+	if err := db.ForgetMount(testMount.ID); err != nil {
+		t.Fatal(err)
+	}
+	offline := testMount
+	offline.ID, offline.Stage = "mount-c", StageOffline
+	if err := db.RecordOffline(offline); err != nil {
+		t.Fatal(err)
+	}
+	if mounted, err := db.RetireImage(testImage.Digest); err != nil || len(mounted) != 1 {
+		t.Errorf("the image is mounted without a daemon: retired all the same, for %+v, %v", mounted, err)
+	}
+	if err := db.ForgetMount(offline.ID); err != nil {
+		t.Fatal(err)
+	}
+	if mounted, err := db.RetireImage(testImage.Digest); err != nil || len(mounted) != 0 {
+		t.Fatalf("%+v, %v", mounted, err)
+	}
+	if err := db.RecordOffline(offline); err == nil {
+		t.Error("an image that is being removed was recorded as mounted without a daemon")
+	}
+	if g, err := db.Graph(); err != nil || len(g.Mounts) != 0 {
+		t.Errorf("mounts on record: %+v, %v", g.Mounts, err)
+	}
+}

@@ -61,7 +61,7 @@ func newApp(stdout, stderr io.Writer) *cli.App {
 		Before: loadConfig,
 		Commands: []*cli.Command{
 			serveCommand(), keepCommand(), convertCommand(), checkCommand(), inspectCommand(), mountCommand(), umountCommand(), prefetchCommand(), exportCommand(),
-			imagesCommand(), statusCommand(), upgradeCommand(), stateCommand(), drillCommand(), doctorCommand(), versionCommand(),
+			imagesCommand(), gcCommand(), statusCommand(), upgradeCommand(), stateCommand(), drillCommand(), doctorCommand(), versionCommand(),
 		},
 		Action: func(c *cli.Context) error {
 			if c.Args().Present() {

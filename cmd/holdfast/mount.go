@@ -20,7 +20,7 @@ func mountCommand() *cli.Command {
 			"to the host since. IMAGE is then as it was mounted, or a digest. What nothing on record vouches for is checked by digest first.\n\n" +
 			"Example:\n   holdfast mount docker://registry.example/python:rafs /mnt/python",
 		Flags: []cli.Flag{
-			&cli.StringFlag{Name: "domain", Usage: "share cached blobs only with mounts of the same `DOMAIN`; with --offline, use what is cached in it"},
+			&cli.StringFlag{Name: "domain", Usage: "share cached blobs only with mounts of the same `DOMAIN` (default: one for each registry and set of credentials for it, or local); with --offline, use what is cached in it"},
 			&cli.StringFlag{Name: "prefetch", Usage: "fetch what nobody reads yet in the background: `on|off` (default: as the daemon was told)"},
 			prefetchRateFlag(),
 			&cli.BoolFlag{Name: "offline", Usage: "without a daemon and without a network, an image that is complete in the cache"},
@@ -61,7 +61,7 @@ func mount(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	_, err = fmt.Fprintf(c.App.Writer, "%s %s on %s\n", m.Ref, m.Image, m.Dir)
+	_, err = fmt.Fprintf(c.App.Writer, "%s %s on %s in domain %s\n", m.Ref, m.Image, m.Dir, m.Domain)
 	return err
 }
 

@@ -14,19 +14,26 @@ import (
 
 func imagesCommand() *cli.Command {
 	return &cli.Command{
-		Name: "images", Usage: "list the images that the daemon knows",
+		Name: "images", Usage: "list the images that the daemon knows, or remove some",
 		Description: "With --dedup it shows of the mounted images how much of each other images of its domain share, and for each domain and the host what " +
 			"the cache would hold more if nothing were shared. Copied are chunks that another object of the domain had, so that they were not fetched.\n\n" +
-			"Example:\n   holdfast images --dedup --json",
+			"Example:\n   holdfast images --dedup --json\n   holdfast images rm docker://registry.example/python:rafs",
 		Flags: []cli.Flag{jsonFlag(), &cli.BoolFlag{Name: "dedup", Usage: "show what is shared and saved, per image, domain and host"}},
+		Subcommands: []*cli.Command{{
+			Name: "rm", Usage: "remove images that are not mounted, and all that is cached of them and of no other image",
+			ArgsUsage:   "IMAGE...",
+			Description: "IMAGE is a digest, or a reference as holdfast images shows it.\n\nExample:\n   holdfast images rm oci:/srv/images:python",
+			Flags:       []cli.Flag{jsonFlag()},
+			Action:      func(c *cli.Context) error { return named("holdfast images rm", removeImages(c)) },
+		}},
 		Action: func(c *cli.Context) error {
 			if c.Bool("dedup") {
 				return show(c, (*daemon.Client).Dedup, printSharing)
 			}
 			return show(c, (*daemon.Client).Images, func(t *tabwriter.Writer, list []daemon.ImageInfo) {
-				fmt.Fprintln(t, "IMAGE\tREF\tSIZE\tCACHED\tMOUNTED ON")
+				fmt.Fprintln(t, "IMAGE\tREF\tSIZE\tCACHED\tDOMAINS\tMOUNTED ON")
 				for _, i := range list {
-					fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\n", i.Digest, i.Ref, human(i.Size), human(i.Present), strings.Join(i.Mounts, " "))
+					fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\n", i.Digest, i.Ref, human(i.Size), human(i.Present), strings.Join(i.Domains, " "), strings.Join(i.Mounts, " "))
 				}
 			})
 		},
@@ -85,7 +92,7 @@ func printStatus(t *tabwriter.Writer, s statusAnswer) {
 		fmt.Fprintf(t, "lost\t%s\n", what)
 	}
 	for _, m := range s.Mounts {
-		fmt.Fprintf(t, "mount\t%s on %s\n", m.Ref, m.Dir)
+		fmt.Fprintf(t, "mount\t%s on %s in domain %s\n", m.Ref, m.Dir, m.Domain)
 		if m.Offline {
 			fmt.Fprintf(t, "\tmounted without a daemon\n")
 		}

@@ -21,6 +21,13 @@ const (
 // BootstrapPath is the file that holds the bootstrap of an image saved in dir, as it is to be mounted.
 func BootstrapPath(dir string) string { return filepath.Join(dir, savedBootstrap) }
 
+// What stands in the names of directories that a save was making, after the name of the one that it was to become: Unfinished in that of the new
+// one, and Replaced at the end of that of the old one. No save that is under way may be disturbed.
+const (
+	Unfinished = ".new-"
+	Replaced   = ".old"
+)
+
 func savedMeta(n int) string { return fmt.Sprintf("blob-%03d.meta", n) }
 
 // savedVersion is the version of the form below.
@@ -76,7 +83,7 @@ func (i *Image) save(dir string) error {
 	if err := os.MkdirAll(parent, 0o700); err != nil {
 		return err
 	}
-	tmp, err := os.MkdirTemp(parent, filepath.Base(dir)+".new-")
+	tmp, err := os.MkdirTemp(parent, filepath.Base(dir)+Unfinished)
 	if err != nil {
 		return err
 	}
@@ -145,7 +152,7 @@ func replace(tmp, dir string) error {
 	if err == nil || !errors.Is(err, os.ErrExist) {
 		return err
 	}
-	old := tmp + ".old"
+	old := tmp + Replaced
 	if err := os.Rename(dir, old); err != nil {
 		return err
 	}
