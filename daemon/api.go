@@ -117,6 +117,7 @@ func (d *Daemon) handler() http.Handler {
 		"/v1/images":  {http.MethodGet: d.getImages, http.MethodDelete: d.deleteImages},
 		"/v1/dedup":   {http.MethodGet: d.getDedup},
 		"/v1/gc":      {http.MethodPost: d.postGC},
+		"/v1/check":   {http.MethodPost: d.postCheck},
 		"/v1/status":  {http.MethodGet: d.getStatus},
 		"/v1/state":   {http.MethodGet: d.getState},
 		"/v1/upgrade": {http.MethodPost: d.postUpgrade},
@@ -146,7 +147,7 @@ func (d *Daemon) handler() http.Handler {
 func dispatch(paths map[string]map[string]route, w http.ResponseWriter, r *http.Request) (int, any, error) {
 	methods, ok := paths[r.URL.Path]
 	if !ok {
-		return 0, nil, notFound("this daemon's API is /v1/mounts, /v1/images, /v1/dedup, /v1/prefetch, /v1/gc, /v1/status, /v1/state and /v1/upgrade", "no such path: %q", r.URL.Path)
+		return 0, nil, notFound("this daemon's API is /v1/mounts, /v1/images, /v1/dedup, /v1/prefetch, /v1/gc, /v1/check, /v1/status, /v1/state and /v1/upgrade", "no such path: %q", r.URL.Path)
 	}
 	f, ok := methods[r.Method]
 	if !ok {
@@ -227,6 +228,21 @@ func (d *Daemon) postGC(r *http.Request) (int, any, error) {
 		return 0, nil, err
 	}
 	report, err := d.gc(r.Context(), req.DryRun)
+	return http.StatusOK, report, err
+}
+
+// A CheckRequest is the body of POST /v1/check.
+type CheckRequest struct {
+	Image  string `json:"image,omitempty"`  // on record, by digest or reference; "": all that are mounted
+	Repair bool   `json:"repair,omitempty"` // write the right bytes over wrong ones
+}
+
+func (d *Daemon) postCheck(r *http.Request) (int, any, error) {
+	var req CheckRequest
+	if err := errors.Join(noQuery(r), decodeBody(r, &req)); err != nil {
+		return 0, nil, err
+	}
+	report, err := d.checkCache(r.Context(), req.Image, req.Repair)
 	return http.StatusOK, report, err
 }
 

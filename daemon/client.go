@@ -93,6 +93,12 @@ func (c *Client) GC(ctx context.Context, dryRun bool) (r GCReport, err error) {
 	return r, err
 }
 
+// CheckCache compares what is cached with its digests.
+func (c *Client) CheckCache(ctx context.Context, r CheckRequest) (report CacheReport, err error) {
+	err = c.call(ctx, http.MethodPost, "/v1/check", r, &report)
+	return report, err
+}
+
 // Status returns what the daemon is doing.
 func (c *Client) Status(ctx context.Context) (s Status, err error) {
 	err = c.call(ctx, http.MethodGet, "/v1/status", nil, &s)

@@ -35,6 +35,7 @@ type Daemon struct {
 	sources  *sourceTable
 	mounts   *mounts
 	shelf    shelf
+	scrubber scrubber
 	pump     *pump
 	recorder *recorder
 	saving   sync.Mutex // over what is done to the directories of saved images, until that is on record
@@ -54,7 +55,7 @@ type Daemon struct {
 	// What tests replace.
 	mountPoints func() (map[string]string, error)                    // what is mounted
 	start       func(context.Context, UpgradeRequest) (start, error) // a successor
-	source      func(source.Source) source.Source                    // what a mount's source is used through
+	source      func(*mount, source.Source) source.Source            // what a mount's source is used through
 
 	base context.Context // parent of all work for the kernel; ends with errStopping
 	stop context.CancelCauseFunc
@@ -95,7 +96,7 @@ func newDaemon(o Options) (*Daemon, error) {
 			engine: o.Engine, decoder: decoder, log: o.Log, index: newIndex(),
 			ahead: uint64(o.ReadAhead), deadline: o.ReadDeadline, began: time.Now(),
 		},
-		mountPoints: mountPoints, source: func(s source.Source) source.Source { return s },
+		mountPoints: mountPoints, source: func(_ *mount, s source.Source) source.Source { return s },
 		objects: newObjects(), sources: &sourceTable{byName: map[string]*sourceStats{}}, mounts: newMounts(),
 		shelf: shelf{load: map[string]func() (loaded, error){}},
 	}

@@ -34,8 +34,8 @@
 //   - I2: every request that Next returns is answered once: by fill's ready, or with fill's error;
 //   - I5: settle decides what is present: what this boot wrote through the same chunk table, or what was read back and checked;
 //     for mounts without a daemon also what was found right, synced, and not touched since (cacheSet);
-//   - I8, I9: two images share an object only in one domain and only if their chunk tables agree, and chunks are copied only
-//     from objects of the same domain;
+//   - I8, I9: two images share an object only in one domain and only if their chunk tables agree, and each gives it its own source, for as
+//     long as it is mounted; chunks are copied only from objects of the same domain;
 //   - I10: a request is served by the goroutine that read it, and the turn to read is never kept for more than two
 //     milliseconds; locks are an object's own, held for no longer than it takes to flip bits, and slots for fetches are an
 //     object's own.

@@ -43,7 +43,7 @@ func (f *filler) fill(ctx context.Context, o *object, want span, r reader) error
 		return nil
 	}
 	f.miss()
-	answered, mismatches := false, 0
+	answered, mismatches, refused := false, 0, 0
 	var last error
 	d := &demand{want: want, turn: r.turn, deadline: time.Now().Add(f.deadline), ready: func() {
 		answered = true
@@ -65,7 +65,10 @@ func (f *filler) fill(ctx context.Context, o *object, want span, r reader) error
 		case wrongBytes(err):
 			mismatches++
 		}
-		if hopeless(err, mismatches) {
+		if refusal(err) {
+			refused++ // the next attempt goes through another's source, if there is one
+		}
+		if hopeless(err, mismatches) && (!refusal(err) || refused >= o.sources()) {
 			return err
 		}
 		last = err
@@ -179,6 +182,7 @@ func (f *filler) carry(o *object, u *use, c claimed, d *demand) error {
 		return nil
 	}
 	f.blame(o, began, rest[0], err)
+	o.demote(u)
 	for _, s := range rest {
 		o.abandon(s, forOthers(err))
 	}

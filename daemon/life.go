@@ -64,6 +64,9 @@ func (d *Daemon) serveUntil(ctx context.Context, l net.Listener) (err error) {
 		d.opt.Ready()
 	}
 	d.ticking.Go(func() { d.watchdog(ticks) })
+	if d.opt.ScrubRate > 0 {
+		d.ticking.Go(func() { d.scrub(ticks) })
+	}
 	select {
 	case <-ctx.Done():
 		d.askForTime()

@@ -121,6 +121,9 @@ func (t *mounts) every() (all []mountRecord) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	for _, m := range t.lingering {
+		if m.record.ID == "" { // what was checked without being mounted: a successor needs nothing of it
+			continue
+		}
 		all = append(all, mountRecord{Mount: m.record, Lingering: true})
 	}
 	return all
@@ -292,7 +295,7 @@ func (d *Daemon) holdAll(ctx context.Context, m *mount, boot *bootstrap) (err er
 			return err
 		}
 		var h *hold
-		if h, err = d.hold(ctx, fscache.Key{Domain: m.record.Domain, ID: b.Info.ID}, b.Table, d.source(b.Source), &m.gate); err == nil {
+		if h, err = d.hold(ctx, fscache.Key{Domain: m.record.Domain, ID: b.Info.ID}, b.Table, d.source(m, b.Source), &m.gate); err == nil {
 			b.Table = h.o.table // which says the same
 			m.blobs = append(m.blobs, h)
 		}

@@ -333,11 +333,20 @@ func (o *object) detach(u *use) {
 	u.wg.Wait()
 }
 
-// shared reports whether there is more than one source.
-func (o *object) shared() bool {
+// sources is how many there are: any of them may fill the object.
+func (o *object) sources() int {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	return len(o.uses) > 1
+	return len(o.uses)
+}
+
+// demote has the next fetch use another source than u, which failed, if there is one.
+func (o *object) demote(u *use) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if n := len(o.uses); n > 1 && o.uses[0] == u {
+		o.uses = append(slices.Clone(o.uses[1:]), u)
+	}
 }
 
 // borrow returns a source to fetch through, nil when no mounted image has the object; the caller calls u.wg.Done after.

@@ -152,7 +152,7 @@ func (d *Daemon) releaseEntry(h *hold) error {
 	again := h.o.attach(d.base, h.u.src, h.u.stats, h.u.gate)
 	h.o.detach(h.u)
 	h.u = again
-	if h.o.shared() {
+	if h.o.sources() > 1 {
 		h.o.detach(h.u)
 		return nil
 	}

@@ -56,6 +56,8 @@ type Options struct {
 	Prefetch     bool          // prefetch after mounting, where the mount does not say
 	PrefetchBPS  int64         // prefetch at most so many bytes a second and mount, where the mount does not say; 0: no limit
 
+	ScrubRate int64 // compare what is cached of complete objects with its digests, so many bytes a second; 0: not
+
 	made func(*Daemon) // gets what was made of them before it is used: a test puts things of its own in place of the host's; may be nil
 }
 
@@ -81,6 +83,8 @@ func (o *Options) complete() error {
 		return fmt.Errorf("daemon: read-ahead of %d bytes: want 1 to %d", o.ReadAhead, maxReadAhead)
 	case o.ReadDeadline < 0 || o.StopTimeout < 0 || o.Streams < 0 || o.Streams > maxStreams:
 		return fmt.Errorf("daemon: read deadline %v, stop timeout %v and %d streams: none may be negative, nor streams over %d", o.ReadDeadline, o.StopTimeout, o.Streams, maxStreams)
+	case o.ScrubRate < 0:
+		return fmt.Errorf("daemon: scrub rate of %d bytes a second is negative", o.ScrubRate)
 	case o.PrefetchBPS < 0:
 		return fmt.Errorf("daemon: prefetch limit of %d bytes a second is negative", o.PrefetchBPS)
 	}

@@ -108,6 +108,11 @@ func hopeless(err error, mismatches int) bool {
 	return source.IsPermanent(err)
 }
 
+// refusal reports whether a source will not give what was asked of it, which another may.
+func refusal(err error) bool {
+	return err != nil && source.IsPermanent(err) && !wrongBytes(err) && !errors.Is(err, errWrite)
+}
+
 // wrongBytes reports whether a source gave bytes that are not the image's.
 func wrongBytes(err error) bool {
 	return errors.Is(err, blob.ErrDigest) || errors.Is(err, blob.ErrDecode)

@@ -19,6 +19,7 @@ import (
 	"holdfast/fscache"
 	"holdfast/fscache/simkernel"
 	"holdfast/handover"
+	"holdfast/rafs/source"
 	"holdfast/state"
 )
 
@@ -31,8 +32,9 @@ type simHost struct {
 	kernel *simkernel.Kernel
 	root   string
 	run    string
-	change func(*Options) // nil: nothing
-	others []simImage     // besides the one that a test is about
+	change func(*Options)                                 // nil: nothing
+	tap    func(state.Mount, source.Source) source.Source // what a mount's source is used through; nil: nothing
+	others []simImage                                     // besides the one that a test is about
 
 	began  time.Time
 	noting sync.Mutex

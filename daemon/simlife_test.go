@@ -231,7 +231,13 @@ func (l *life) prepare(d *Daemon) {
 		}
 		return points, nil
 	}
-	d.source = func(s source.Source) source.Source { return &hostSource{s, l.h} }
+	d.source = func(m *mount, s source.Source) source.Source {
+		s = &hostSource{s, l.h}
+		if l.h.tap != nil {
+			s = l.h.tap(m.record, s)
+		}
+		return s
+	}
 	d.start = l.startSuccessor
 }
 

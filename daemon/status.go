@@ -66,6 +66,7 @@ type Status struct {
 	Failures   int64 `json:"failures"`   // fetches that failed
 	Refused    int64 `json:"refused"`    // requests answered with an error
 
+	Scrub   *ScrubStatus   `json:"scrub,omitempty"` // where the daemon was told to
 	Sources []SourceStatus `json:"sources"`
 	Objects []ObjectStatus `json:"objects"`
 }
@@ -98,7 +99,7 @@ func (d *Daemon) status() Status {
 		Mounts: len(d.mounts.list()), Damaged: d.damaged, Lost: d.lost, Pending: n,
 		Copied: d.count.copied.Load(), Served: d.count.served.Load(), Mismatches: d.count.mismatches.Load(),
 		Failures: d.count.failures.Load(), Refused: d.count.refused.Load(),
-		Sources: d.sources.status(), Objects: []ObjectStatus{},
+		Scrub: d.scrubber.report(), Sources: d.sources.status(), Objects: []ObjectStatus{},
 	}
 	if n > 0 {
 		s.OldestAge = time.Since(oldest)

@@ -22,18 +22,15 @@ import (
 
 // A simImage is an image, and what its objects must hold.
 type simImage struct {
-	ref   string
-	blobs map[string][]byte // by id
-	ids   []string
+	ref    string
+	digest string
+	blobs  map[string][]byte // by id
+	ids    []string
 }
 
 // simImages makes n images.
 func simImages(t *testing.T, n int) (list []simImage) {
 	t.Helper()
-	dec, err := blob.NewDecoder()
-	if err != nil {
-		t.Fatal(err)
-	}
 	for i := range n {
 		tree := t.TempDir()
 		rng := rand.New(rand.NewPCG(uint64(i), 9))
@@ -46,35 +43,46 @@ func simImages(t *testing.T, n int) (list []simImage) {
 				t.Fatal(err)
 			}
 		}
-		im := simImage{ref: makeImage(t, tree, convert.Options{ChunkSize: 4096}), blobs: map[string][]byte{}}
-		img, err := image.Open(t.Context(), im.ref, image.Options{})
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer img.Close()
-		for _, b := range img.Blobs {
-			want := make([]byte, b.Table.Size())
-			for i := range b.Table.Len() {
-				c := b.Table.At(i)
-				if c.Zero() {
-					continue
-				}
-				stored := make([]byte, c.Stored)
-				r, err := b.Source.ReadRange(t.Context(), int64(c.BlobOffset), int64(c.Stored))
-				if err == nil {
-					_, err = io.ReadFull(r, stored)
-					err = errors.Join(err, r.Close(), dec.Decode(c, b.Table.Algo(), stored, want[c.Offset:][:c.Size]))
-				}
-				if err != nil {
-					t.Fatal(err)
-				}
-			}
-			im.blobs[b.Info.ID] = want
-			im.ids = append(im.ids, b.Info.ID)
-		}
-		list = append(list, im)
+		list = append(list, describeImage(t, makeImage(t, tree, convert.Options{ChunkSize: 4096})))
 	}
 	return list
+}
+
+// describeImage opens an image and reads what its objects must hold.
+func describeImage(t *testing.T, ref string) simImage {
+	t.Helper()
+	dec, err := blob.NewDecoder()
+	if err != nil {
+		t.Fatal(err)
+	}
+	im := simImage{ref: ref, blobs: map[string][]byte{}}
+	img, err := image.Open(t.Context(), im.ref, image.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer img.Close()
+	im.digest = img.Digest
+	for _, b := range img.Blobs {
+		want := make([]byte, b.Table.Size())
+		for i := range b.Table.Len() {
+			c := b.Table.At(i)
+			if c.Zero() {
+				continue
+			}
+			stored := make([]byte, c.Stored)
+			r, err := b.Source.ReadRange(t.Context(), int64(c.BlobOffset), int64(c.Stored))
+			if err == nil {
+				_, err = io.ReadFull(r, stored)
+				err = errors.Join(err, r.Close(), dec.Decode(c, b.Table.Algo(), stored, want[c.Offset:][:c.Size]))
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+		im.blobs[b.Info.ID] = want
+		im.ids = append(im.ids, b.Info.ID)
+	}
+	return im
 }
 
 // shmDir is a directory on tmpfs, where a commit to a database costs little.

@@ -131,12 +131,15 @@ type Engine interface {
 	Answer(r Request, e Errno) error
 
 	// WriteAt writes p, whose digest was checked, at off of the object's cache file. off and len(p) are multiples of
-	// BlockSize; p should come from AlignedBuffer. ErrNotOpen: cachefiles, while nothing has the object open.
+	// BlockSize; p should come from AlignedBuffer. It may be done again over what is there, complete or not. ErrNotOpen: cachefiles, while nothing has the object open.
 	// ErrNoSpace: the cache or its file system is full.
 	WriteAt(k Key, p []byte, off int64) error
 	// ReadAt reads cached bytes back, without raising a request, where the engine can (fanotify, simkernel; cachefiles: an object
 	// that the kernel has not opened since the cache was bound); elsewhere the error wraps errors.ErrUnsupported. A hole reads as zeros.
 	ReadAt(k Key, p []byte, off int64) error
+	// Evict has the next ReadAt of an extent read the disk, where the engine can: it drops what the page cache keeps of the cache file there, as far
+	// as that was written back. What a mount keeps of it in its own page cache stays. No reader notices.
+	Evict(k Key, e Extent) error
 	// Present returns the extents of the object's cache file that hold data, in order. What a power failure left is
 	// listed too: across boots it proves nothing (I5).
 	Present(k Key) ([]Extent, error)

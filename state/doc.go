@@ -1,7 +1,7 @@
 // Package state keeps what has to survive a process, and what has to survive the host, in three kinds of file, by lifetime:
 //
-//   - state.db ([DB]) survives the host: which images are saved, which are mounted where, and in which boot a cache object's
-//     presence was last settled. bbolt, synced at every commit.
+//   - state.db ([DB]) survives the host: which images are saved, which are mounted where, which cache objects there may be and what refers to
+//     them ([Graph]), and in which boot an object's presence was last settled. bbolt, synced at every commit.
 //   - session.db ([Session]) survives the process and mirrors what this boot's kernel has: which objects' descriptors the supervisor
 //     holds and under which names, which requests were read and not answered. bbolt on tmpfs, where a sync costs nothing. Another
 //     boot's is emptied: what it mirrors is gone.
@@ -27,6 +27,7 @@
 //   - I7: every file has a schema number, or layout version, and every record a version; they are only ever moved forward, in one
 //     transaction; newer ones are refused with the release to run, and left untouched; a damaged file, or record, is set aside under a
 //     name and reported, never deleted, never guessed at;
+//   - I8: an object is on record for its domain, and an image refers to it in that domain only if it was mounted there;
 //   - I9: the files are treated as input: reading one cannot bring the process down, and takes time and memory by its size, not by what
 //     it says.
 //

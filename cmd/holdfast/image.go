@@ -14,11 +14,18 @@ const imageUsage = "IMAGE is oci:PATH[:TAG], docker://REF, or rafs:BOOTSTRAP[,BL
 
 func checkCommand() *cli.Command {
 	return &cli.Command{
-		Name: "check", Usage: "verify an image from end to end: its structure and every chunk",
-		ArgsUsage:   "IMAGE",
-		Description: imageUsage + "Example:\n   holdfast check oci:/srv/images:python",
-		Flags:       []cli.Flag{jsonFlag()},
-		Action:      check,
+		Name: "check", Usage: "verify an image from end to end, or what the daemon has cached: its structure and every chunk",
+		ArgsUsage: "IMAGE",
+		Description: imageUsage + "With --cache the daemon compares what is cached with its digests: of IMAGE, which is then one that holdfast images lists, in all\n" +
+			"of its domains, or without IMAGE of all that are mounted. --repair fetches what is wrong and writes it over what is there. What a mount\n" +
+			"has in its page cache stays until the kernel drops it: echo 1 > /proc/sys/vm/drop_caches does that at once.\n\n" +
+			"Example:\n   holdfast check oci:/srv/images:python\n   holdfast check --cache --repair",
+		Flags: []cli.Flag{
+			&cli.BoolFlag{Name: "cache", Usage: "compare what the daemon has cached; IMAGE may be left out"},
+			&cli.BoolFlag{Name: "repair", Usage: "with --cache, fetch wrong chunks again"},
+			jsonFlag(),
+		},
+		Action: check,
 	}
 }
 
@@ -36,6 +43,12 @@ func imageArgument(c *cli.Context, names ...string) (string, error) {
 }
 
 func check(c *cli.Context) error {
+	if c.Bool("cache") {
+		return checkCache(c)
+	}
+	if c.Bool("repair") {
+		return usagef("--repair needs --cache")
+	}
 	ref, err := imageArgument(c, "IMAGE")
 	if err != nil {
 		return err

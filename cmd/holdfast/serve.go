@@ -37,6 +37,7 @@ func serveFlags() []cli.Flag {
 		&cli.StringFlag{Name: "remount", Value: string(daemon.RemountYes), Usage: "what to do about what was mounted before the host was started anew: `yes|no|report`"},
 		&cli.DurationFlag{Name: "idle-exit", Usage: "end when nothing was asked for so long; whoever asks next starts the daemon again (0: never)"},
 		prefetchFlag("on"), prefetchRateFlag(),
+		&cli.GenericFlag{Name: "scrub-rate", Value: &size{}, Usage: "compare what is cached of mounted images with its digests, so many `BYTES` a second, and report in log and status (0: not)"},
 		&cli.BoolFlag{Name: "allow-unsafe-kernel", Usage: "also run on kernels whose EROFS is known to give wrong bytes to a reader killed at the wrong time"},
 	}
 }
@@ -194,7 +195,7 @@ func opener(c *cli.Context, o daemon.Options, reserved *fanotify.Reservation) fu
 func serveOptions(c *cli.Context, log *zap.Logger) (o daemon.Options, err error) {
 	o = daemon.Options{
 		Log: log, Release: release, ReadAhead: bytesOf(c, "read-ahead"), ReadDeadline: c.Duration("read-deadline"),
-		Streams: c.Int("streams"), StopTimeout: c.Duration("stop-timeout"), PrefetchBPS: bytesOf(c, "prefetch-rate"),
+		Streams: c.Int("streams"), StopTimeout: c.Duration("stop-timeout"), PrefetchBPS: bytesOf(c, "prefetch-rate"), ScrubRate: bytesOf(c, "scrub-rate"),
 		IdleExit: c.Duration("idle-exit"),
 	}
 	if o.Prefetch, err = onOff(c, "prefetch"); err != nil {

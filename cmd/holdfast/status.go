@@ -85,6 +85,9 @@ func printStatus(t *tabwriter.Writer, s statusAnswer) {
 	fmt.Fprintf(t, "requests\t%d pending, the oldest for %v\n", s.Pending, s.OldestAge.Round(time.Millisecond))
 	fmt.Fprintf(t, "data\t%s fetched, %s copied from other images, %s served\n", human(s.Fetched), human(s.Copied), human(s.Served))
 	fmt.Fprintf(t, "errors\t%d wrong chunks, %d failed fetches, %d requests refused\n", s.Mismatches, s.Failures, s.Refused)
+	if x := s.Scrub; x != nil {
+		fmt.Fprintf(t, "scrub\t%s compared, %d wrong chunks found, %d passes\n", human(x.Bytes), x.Bad, x.Passes)
+	}
 	for _, d := range s.Damaged {
 		fmt.Fprintf(t, "damaged\t%s\n", d)
 	}

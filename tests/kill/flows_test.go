@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -46,6 +47,7 @@ var flows = []flow{
 	{name: "read", run: readFlow},
 	{name: "slow", run: slowFlow},
 	{name: "mounts", run: mountsFlow},
+	{name: "remove", run: removeFlow},
 	{name: "complete", serve: []string{"--read-ahead", "1MiB"}, run: completeFlow},
 	{name: "stop", run: stopFlow},
 	{name: "upgrade", run: upgradeFlow},
@@ -140,6 +142,48 @@ func fullFlow(r *rig, f *flight) error {
 			return errors.New("O4: mounted, though the supervisor has no room for all its objects")
 		}
 		return r.settled()
+	})
+}
+
+// removeFlow removes an image that was mounted in two domains and is no longer, and a leftover, however often the daemon dies over it. In the
+// end nothing is left to be removed.
+func removeFlow(r *rig, f *flight) error {
+	return repeat(r, f, func() error {
+		for _, domain := range []string{"gone1", "gone2"} {
+			dir, err := r.mount(domain, false)
+			if err == nil {
+				err = r.umount(dir)
+			}
+			if err != nil {
+				return err
+			}
+		}
+		images := filepath.Join(r.Dir, "root", "images")
+		entries, err := os.ReadDir(images)
+		if err != nil {
+			return err
+		}
+		if err := os.MkdirAll(filepath.Join(images, entries[0].Name()+".new-1"), 0o700); err != nil {
+			return err
+		}
+		var last error
+		err = r.until("the image is removed", func() bool {
+			_, last = r.client.RemoveImages(context.Background(), r.image.ref)
+			var answered *daemon.Error
+			return last == nil || errors.As(last, &answered) && answered.Code == daemon.CodeNotFound
+		})
+		if err != nil {
+			return errors.Join(err, last)
+		}
+		var report daemon.GCReport
+		err = r.until("nothing is left to be removed", func() bool {
+			report, last = r.client.GC(context.Background(), false)
+			return last == nil && !slices.ContainsFunc(report.Decisions, func(x daemon.Decision) bool { return x.Remove })
+		})
+		if err != nil {
+			return errors.Join(err, last, fmt.Errorf("%+v", report))
+		}
+		return nil
 	})
 }
 
