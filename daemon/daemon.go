@@ -185,6 +185,7 @@ func (d *Daemon) read(o *object, r fscache.Request, t *turn) {
 // opened answers that an object exists. The kernel may have put another file behind it (it was culled, or lost with the
 // power), so what was present is asked for again, once the file is there to ask about.
 func (d *Daemon) opened(o *object, r fscache.Request) {
+	defer o.find()() // before the answer: a mount may be made by it, and what prefetches it looks for this
 	epoch := o.reset()
 	d.answer(r, fscache.OK)
 	extents, err := d.engine.Present(o.key)

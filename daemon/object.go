@@ -37,13 +37,14 @@ type object struct {
 
 	mu       sync.Mutex
 	present  bitset
-	flying   bitset // claimed by a fetch; disjoint from present
-	missing  int    // chunks not present
-	epoch    int    // counts reset calls: what was written before one says nothing about the file after it
-	changes  int    // counts what changed present
-	finished bool   // complete, and the engine was told or is being told
-	durable  bool   // the engine was told: all of it would outlive a power failure
-	unsynced error  // why it could not be told
+	flying   bitset        // claimed by a fetch; disjoint from present
+	missing  int           // chunks not present
+	epoch    int           // counts reset calls: what was written before one says nothing about the file after it
+	changes  int           // counts what changed present
+	finished bool          // complete, and the engine was told or is being told
+	durable  bool          // the engine was told: all of it would outlive a power failure
+	unsynced error         // why it could not be told
+	finding  chan struct{} // closed when it is known what the file holds that the kernel opened last; nil: it is
 	waiters  []*waiter
 	claims   []*claim // whose transfer is under way and nobody waits for
 	uses     []*use
@@ -260,6 +261,39 @@ func (o *object) reset() (epoch int) {
 	o.missing = o.table.Len()
 	o.finished, o.durable, o.unsynced = false, false, nil
 	return o.epoch
+}
+
+// find says that what the file holds that the kernel is about to open will be known when found is called.
+func (o *object) find() (found func()) {
+	c := make(chan struct{})
+	o.mu.Lock()
+	o.finding = c
+	o.mu.Unlock()
+	return func() {
+		o.mu.Lock()
+		defer o.mu.Unlock()
+		if o.finding == c { // else the kernel has opened another one
+			o.finding = nil
+		}
+		close(c)
+	}
+}
+
+// found waits until it is known what the object's file holds.
+func (o *object) found(ctx context.Context) error {
+	for {
+		o.mu.Lock()
+		c := o.finding
+		o.mu.Unlock()
+		if c == nil {
+			return nil
+		}
+		select {
+		case <-c:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
 }
 
 // ended takes note of how finish ended that was begun in an epoch.

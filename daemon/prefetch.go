@@ -158,8 +158,11 @@ func (p *prefetch) pass(ctx context.Context, plan []image.Range, objects []*obje
 	return errors.Join(slices.Collect(maps.Values(lost))...)
 }
 
-// bring makes s present step by step.
+// bring makes s present step by step, once it is known what is.
 func (p *prefetch) bring(ctx context.Context, o *object, s span) error {
+	if err := o.found(ctx); err != nil {
+		return err
+	}
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(p.lanes)
 	for !s.empty() && ctx.Err() == nil {

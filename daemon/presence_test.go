@@ -11,6 +11,7 @@ import (
 	"holdfast/fscache"
 	"holdfast/fscache/simkernel"
 	"holdfast/rafs"
+	"holdfast/rafs/image"
 	"holdfast/state"
 )
 
@@ -98,6 +99,44 @@ func TestPresenceOfAnotherBootIsCheckedByDigest(t *testing.T) {
 	r.wantOK(b, 0, int64(len(b.want)))
 	if asked := b.asked(); !slices.Equal(asked, [][2]int64{{2 * 64 * kib, 64 * kib}, {4 * 64 * kib, 100}}) {
 		t.Errorf("fetched %v, want the damaged chunks only", asked)
+	}
+}
+
+func TestPrefetchFetchesNothingThatAnOpenIsAboutToFind(t *testing.T) {
+	r := newRig(t, simkernel.Cachefiles, nil)
+	defer r.close()
+	b := newBlob("aa", 1, rafs.CodecNone, many(4, 64*kib)...)
+	unmount := r.mount(nil, b)
+	r.wantOK(b, 0, int64(len(b.want)))
+	unmount()
+	b.asked()
+	looked, look := make(chan struct{}), make(chan struct{})
+	r.e.present = func(k fscache.Key) {
+		o := r.d.objects.get(k)
+		if k != b.key || o == nil {
+			return
+		}
+		o.mu.Lock()
+		opened := o.finding != nil
+		o.mu.Unlock()
+		if opened {
+			close(looked)
+			<-look
+		}
+	}
+	defer r.mount(nil, b)()
+	<-looked
+	done := make(chan error, 1)
+	go func() { // ends when it was found that all is there
+		done <- newPrefetch(r.d.filler, &gate{}, 0).run(t.Context(), []image.Range{{Blob: 0, Off: 0, Len: uint64(len(b.want))}}, []*object{r.object(b)})
+	}()
+	time.Sleep(50 * time.Millisecond) // in which one that does not wait fetches
+	close(look)
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+	if n := len(b.asked()); n != 0 {
+		t.Errorf("%d fetches of what the file had", n)
 	}
 }
 

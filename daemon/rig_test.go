@@ -79,6 +79,7 @@ type engine struct {
 	dropped  int                                            // calls of Drop
 	write    func(k fscache.Key, p []byte, off int64) error // what WriteAt fails with, instead
 	read     func() error                                   // what ReadAt fails with, instead
+	present  func(k fscache.Key)                            // called by Present; may be nil
 }
 
 // An answer is what the daemon answered.
@@ -160,6 +161,13 @@ func (e *engine) ReadAt(k fscache.Key, p []byte, off int64) error {
 		return e.read()
 	}
 	return e.Engine.ReadAt(k, p, off)
+}
+
+func (e *engine) Present(k fscache.Key) ([]fscache.Extent, error) {
+	if e.present != nil {
+		e.present(k)
+	}
+	return e.Engine.Present(k)
 }
 
 func (e *engine) Drop(k fscache.Key, x fscache.Extent) error {

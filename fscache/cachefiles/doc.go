@@ -27,6 +27,9 @@
 // Mount: the kernel's part of it sleeps uninterruptibly until the bootstrap's open is answered, so a process of its own does it, which has none of
 // these descriptors and none of the daemon's locks (erofs.NewApart). The process that answers can die at any moment.
 //
+// Before it, each blob that has no cache file gets an empty one, with the name and the attribute that the kernel looks for: what the kernel makes
+// itself has no name before the last unmount, and a power failure takes it (nameFiles).
+//
 // Takeover from a process that died, in this order:
 //  1. Inherited objects are open objects by the kernel's id of them. Those that the dead process had read the CLOSE of are let go.
 //  2. Inherited OPENs whose descriptors are held are answered with the size on record. Delivered again they would fail with EEXIST.
@@ -45,5 +48,5 @@
 // Kernel facts cite fs/cachefiles/ (daemon.c, ondemand.c, namei.c, key.c), fs/erofs/fscache.c and
 // include/uapi/linux/cachefiles.h as of 6.12. The tests run on 6.12, and on a 6.1 without `restore` (tests/vm/kernel).
 //
-// golang.org/x/sys/unix is here for SEEK_DATA, ioctls, fallocate and syncfs, which the standard library does not have.
+// golang.org/x/sys/unix is here for SEEK_DATA, ioctls, fallocate, xattrs, O_TMPFILE and syncfs, which the standard library does not have.
 package cachefiles

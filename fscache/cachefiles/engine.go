@@ -59,6 +59,7 @@ type Engine struct {
 	turn    sync.Mutex    // held by the Next that reads. Taken before mu.
 	nudge   chan struct{} // room for one: a slot is free, or there is something in queue
 	heard   atomic.Bool   // somebody was in Next: what the kernel closes is heard of
+	naming  sync.Mutex    // held while files are made for the kernel to find. Taken before mu.
 
 	mu       sync.Mutex // guards what follows; never held over a system call that can wait
 	objects  map[fscache.Key]*object
@@ -389,6 +390,12 @@ func (e *Engine) Present(k fscache.Key) ([]fscache.Extent, error) {
 	if err != nil {
 		return nil, err
 	}
+	// After the answer to an open the kernel takes a moment to attach the file. Of what was inherited nothing tells whether it will.
+	if !h.inherited && h.opened.Load() {
+		ctx, cancel := context.WithTimeout(context.Background(), attachPatience)
+		defer cancel()
+		_ = waitAttached(ctx, h) // what comes of it is told below
+	}
 	return h.present(o.size)
 }
 
@@ -407,9 +414,8 @@ func (e *Engine) Complete(k fscache.Key) error {
 	return err
 }
 
-// Sync implements fscache.Engine. The object's descriptor has no fsync, so it syncs the file system. That is enough for an
-// object that existed before it was opened. One made since then has no name until the last mount that uses it is gone
-// (namei.c, cachefiles_create_tmpfile and cachefiles_commit_tmpfile): a power failure takes it, whatever was synced.
+// Sync implements fscache.Engine. The object's descriptor has no fsync, so it syncs the file system. That is enough for an object whose
+// file has a name, as nameFiles sees to.
 func (e *Engine) Sync(k fscache.Key) error {
 	if err := e.Complete(k); err != nil {
 		return err

@@ -3,6 +3,7 @@ package cachefiles
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -179,5 +180,29 @@ func TestFilesOfATakenOverCacheAreTheKernels(t *testing.T) {
 	}
 	if _, err := e.Present(other.blob.Key); !errors.Is(err, fscache.ErrNotOpen) {
 		t.Errorf("Present of one that was not inherited: %v, want ErrNotOpen", err)
+	}
+}
+
+func TestWhatAFileHoldsIsKnownOnceItsOpenIsAnswered(t *testing.T) {
+	im := newImage(t, "open", "boot", "blob")
+	cache, _ := filled(t, im, 16)
+	e := openEngine(t, cache, nil)
+	add(t, e, im)
+	found := make(chan error, 1)
+	serve(t, e, func(r fscache.Request) bool {
+		if r.Op != fscache.OpOpen || r.Object != im.blob.Key {
+			return false
+		}
+		err := e.Answer(r, fscache.OK)
+		have, presentErr := e.Present(im.blob.Key)
+		if !slices.Equal(have, []fscache.Extent{{Off: 0, Len: 16 * fscache.BlockSize}}) {
+			err = fmt.Errorf("Present: %v, %w, want the 16 pages", have, presentErr)
+		}
+		found <- err
+		return true
+	}, im)
+	mount(t, e, im)
+	if err := <-found; err != nil {
+		t.Error(err)
 	}
 }

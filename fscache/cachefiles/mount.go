@@ -21,6 +21,7 @@ import (
 const (
 	kernelPatience = 20 * time.Second
 	adoptPatience  = time.Second
+	attachPatience = time.Second // of Present
 	attachInterval = time.Millisecond
 )
 
@@ -54,6 +55,7 @@ func (e *Engine) mount(ctx context.Context, m fscache.Mount) error {
 	for _, b := range m.Blobs {
 		options = append(options, erofs.Option{Name: "device", Value: b.Key.ID})
 	}
+	e.nameFiles(m.Blobs)
 	// Not in this process: it would sleep until the bootstrap's open is answered, and could not die. Its successor, which alone can answer
 	// it then, waits for the locks it has.
 	crash.Point("cachefiles.mount.before-new")

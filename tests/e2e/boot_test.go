@@ -106,7 +106,7 @@ func TestMountsAreMadeAgainAfterABootAndWhatIsCachedIsChecked(t *testing.T) {
 }
 
 // flipCached changes a byte in the middle of the largest cache file, which a power failure may do to what was not synced. It says
-// whether there is a file: the kernel keeps those of cachefiles without a name until they are closed for good.
+// whether there is a file.
 func (b *bootable) flipCached() bool {
 	b.t.Helper()
 	var largest string

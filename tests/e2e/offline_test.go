@@ -202,8 +202,7 @@ func punch(f *os.File, at int64) error {
 	return unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, at, 4096)
 }
 
-// offlineImage is a host with a complete image in its cache, after a boot, and no daemon. On cachefiles the image was unmounted before: the
-// kernel keeps a new file without a name until its object is closed, so that a host which ends with it mounted has nothing of it.
+// offlineImage is a host with a complete image in its cache, after a boot, and no daemon.
 func offlineImage(t *testing.T) (b *bootable, image string, m model, mnt string) {
 	t.Helper()
 	b = newBootable(t)
@@ -212,13 +211,7 @@ func offlineImage(t *testing.T) (b *bootable, image string, m model, mnt string)
 	if p, err := b.prefetched("--wait", mnt); err != nil || !p.Done {
 		t.Fatalf("%+v, %v", p, err)
 	}
-	if b.engine() == "cachefiles" {
-		b.must("umount", mnt)
-		b.until("the kernel has given the file its name", func() bool { return len(b.cacheFiles()) > 0 })
-		b.crash()
-	} else {
-		b.crash(mnt)
-	}
+	b.crash(mnt)
 	b.newBoot(t, 2)
 	if err := l.Close(); err != nil {
 		t.Fatal(err)
