@@ -10,12 +10,14 @@ FUZZTIME ?= 60s
 # Where the test machine, which has no KVM to help it, gives up.
 VM := bin/hfvm -timeout 20m
 # What runs in it, as KERNEL:PACKAGE: the engine that needs its kernels, with and without `restore`; everything end to end on that engine; kills
-# of the daemon at random; and a daemon under a real systemd.
-VM_TESTS := 6.12:fscache/cachefiles 6.12:tests/e2e 6.12:tests/kill 6.12:tests/systemd 6.1:fscache/cachefiles
+# of the daemon at random; power cut from its disk; and a daemon under a real systemd.
+VM_TESTS := 6.12:fscache/cachefiles 6.12:tests/e2e 6.12:tests/kill 6.12:tests/power 6.12:tests/systemd 6.1:fscache/cachefiles
 # How many kills tests/kill does in the test machine, where everything takes ten times as long as natively.
 VM_KILLS ?= 20
 # How many times `make drill` kills the daemon on each engine, at random.
 KILLS ?= 2000
+# How many times it cuts the power on each of four file systems.
+CUTS ?= 25
 
 .PHONY: all build demo test lint bench vm schedules drill drill-full fuzz deps clean
 
@@ -43,7 +45,7 @@ schedules:
 	$(GO) test -count=1 -v -run 'TestSchedules$$' ./fscache/simkernel
 
 deps:
-	$(GO) run ./tests/deps gcc libc6-dev erofs-utils e2fsprogs xfsprogs zstd xz-utils
+	$(GO) run ./tests/deps gcc libc6-dev dmsetup erofs-utils e2fsprogs xfsprogs zstd xz-utils
 
 lint:
 	@files=$$(gofmt -l .); test -z "$$files" || { echo "not formatted, run gofmt -w on:"; echo "$$files"; exit 1; }
@@ -63,14 +65,18 @@ vm: build
 			$(CURDIR)/$(VM) -series $$kernel $$flags -- $(CURDIR)/bin/$$name.test -test.timeout 18m $$args); \
 	done
 
-# Harm on purpose, with figures: random kills of the daemon on both engines, what the kills must notice when a safety is taken out, and the drill
-# that operators have, with its report in drill-report/.
+# Harm on purpose, with figures: random kills of the daemon on both engines, what the kills must notice when a safety is taken out, power that is
+# cut, and the drill that operators have, with its report in drill-report/.
 drill: build
 	$(KILL_ENV) HOLDFAST_KILLS=$(KILLS) $(GO) test -count=1 -v -timeout 40m -run TestRandomKills ./tests/kill
 	$(GO) test -c -o bin/kill.test ./tests/kill
 	for kernel in 6.12 6.1; do (cd tests/kill && $(KILL_ENV) HOLDFAST_ENGINE=cachefiles HOLDFAST_KILLS=$(KILLS) \
 		$(CURDIR)/bin/hfvm -timeout 100m -series $$kernel -- $(CURDIR)/bin/kill.test -test.v -test.timeout 95m -test.run TestRandomKills) || exit 1; done
 	$(KILL_ENV) HOLDFAST_DRILL=1 $(GO) test -count=1 -v -timeout 40m -run TestMutations ./tests/kill
+	$(KILL_ENV) HOLDFAST_POWER=$(CUTS) $(GO) test -count=1 -v -timeout 40m ./tests/power
+	$(GO) test -c -o bin/power.test ./tests/power
+	cd tests/power && $(KILL_ENV) HOLDFAST_ENGINE=cachefiles HOLDFAST_POWER=$(CUTS) \
+		$(CURDIR)/bin/hfvm -timeout 60m -- $(CURDIR)/bin/power.test -test.v -test.timeout 55m
 	bin/holdfast drill --own-daemon --duration 3m --report drill-report
 
 # Everything that can be enumerated: every point at every hit, every pair of a kill and a kill of its recovery, every system call.

@@ -1,6 +1,7 @@
 package vm
 
 import (
+	"cmp"
 	"context"
 	"encoding/binary"
 	"encoding/json"
@@ -39,8 +40,9 @@ type Config struct {
 
 	// Disk is a raw disk image to be mounted at DiskDir, which belongs to the caller and outlives the run; it is created, with
 	// DiskSize bytes and an empty ext4, if it does not exist. Empty: a new one that is removed after the run.
-	Disk     string
-	DiskSize int64 // bytes, sparse; 0: DefaultDiskSize
+	Disk      string
+	DiskSize  int64  // bytes, sparse; 0: DefaultDiskSize
+	DiskCache string // QEMU's cache mode for Disk, such as "none"; empty: "writeback"
 
 	// Shares are host directories that the guest writes to, at the same path as outside. Everything else of the host is seen as
 	// it is, and writes to it are lost.
@@ -186,7 +188,7 @@ func (cfg *Config) boot(ctx context.Context) (int, error) {
 		kernel: cfg.Kernel, initramfs: filepath.Join(dir, "initramfs"), kernelLog: cfg.KernelLog, journal: cfg.Journal,
 		memory: cfg.Memory, cpus: cfg.CPUs, disk: cfg.Disk,
 		// The caller's disk has to show what a machine that loses power leaves: all that it had written. Ours is thrown away.
-		diskCache: "writeback",
+		diskCache: cmp.Or(cfg.DiskCache, "writeback"),
 	}
 	if m.disk == "" {
 		m.disk, m.diskCache = filepath.Join(dir, "disk"), "unsafe"

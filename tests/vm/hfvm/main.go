@@ -30,6 +30,7 @@ func main() {
 	)
 	flag.IntVar(&cfg.CPUs, "cpus", vm.DefaultCPUs, "`number` of CPUs")
 	flag.StringVar(&cfg.Disk, "disk", "", "disk image `file` to use and keep, created if missing (default: a temporary one)")
+	flag.StringVar(&cfg.DiskCache, "disk-cache", "", "QEMU's cache `mode` for -disk (default: writeback)")
 	flag.DurationVar(&cfg.Timeout, "timeout", 0, "kill the machine after this `time` (default: never)")
 	flag.StringVar(&cfg.KernelLog, "kernel-log", "", "`file` for the kernel's log (default: a temporary one, kept on failure)")
 	flag.BoolVar(&cfg.Systemd, "systemd", false, "boot the host's systemd as PID 1, and run the command in a service of it")
