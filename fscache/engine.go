@@ -156,6 +156,8 @@ type Engine interface {
 	Cull(ctx context.Context, k Key) error
 	// Usage is how many bytes of the cache's file system an object's data takes, added or not; 0: it has none.
 	Usage(k Key) (int64, error)
+	// Space is the room on the cache's file system.
+	Space() (Space, error)
 
 	// Sync makes what was written to the object's cache file survive a power failure, as far as the engine can.
 	Sync(k Key) error

@@ -16,6 +16,7 @@ import (
 
 	"holdfast/fscache"
 	"holdfast/fscache/internal/erofs"
+	"holdfast/fscache/internal/keyed"
 	"holdfast/state/crash"
 )
 
@@ -31,6 +32,10 @@ type Config struct {
 
 	// Tag is the cache's name in the kernel (`tag`); "holdfast" if empty. Two caches of one kernel need two tags.
 	Tag string
+
+	// Limits are what the kernel is told at bind; none if zero, and it keeps its own, fscache.DefaultLimits. A cache that was bound by
+	// another process has the limits that it was bound with.
+	Limits fscache.Limits
 
 	// Inherited is what a process that is gone left, or, in a hot upgrade, one that lives lends; or a device that PID 1 opened and
 	// nobody used. Objects that mounts use must all be added before the first Next: an open of an object not known is refused.
@@ -60,6 +65,8 @@ type Engine struct {
 	nudge   chan struct{} // room for one: a slot is free, or there is something in queue
 	heard   atomic.Bool   // somebody was in Next: what the kernel closes is heard of
 	naming  sync.Mutex    // held while files are made for the kernel to find. Taken before mu.
+
+	naming keyed.Mutex // by who adds an object, and who deletes its file. Taken before all others
 
 	mu       sync.Mutex // guards what follows; never held over a system call that can wait
 	objects  map[fscache.Key]*object
@@ -182,16 +189,21 @@ func checkConfig(c Config) error {
 		return fmt.Errorf("cache directory %q is not an absolute path", c.Dir)
 	case strings.ContainsAny(c.Dir, "\n\x00") || len(c.Dir) > 4000:
 		return fmt.Errorf("cache directory %.60q has characters the kernel does not take, or too many", c.Dir)
+	case c.Limits != (fscache.Limits{}) && c.Limits.Check() != nil:
+		return c.Limits.Check()
 	case !printable(c.Tag) || len(c.Tag) > 64:
 		return fmt.Errorf("cache tag %.60q: only letters, digits and punctuation, at most 64", c.Tag)
 	}
 	return nil
 }
 
-// bind makes a cache of c.Dir. The limits stay the kernel's: writes fail when less than 1 % of the file system's blocks
-// or inodes is free (bstop, fstop), and the kernel asks for culling below 5 % (bcull, fcull), until 7 % (brun, frun).
+// bind makes a cache of c.Dir.
 func bind(f *os.File, c Config) error {
-	for _, text := range []string{"dir " + c.Dir, "tag " + c.Tag} {
+	texts := []string{"dir " + c.Dir, "tag " + c.Tag}
+	if c.Limits != (fscache.Limits{}) {
+		texts = append(append(texts, limitCommands("b", c.Limits.Space)...), limitCommands("f", c.Limits.Inodes)...)
+	}
+	for _, text := range texts {
 		// EEXIST: a process that died before `bind` said it already.
 		if err := command(f, text); err != nil && !errors.Is(err, unix.EEXIST) {
 			return err
@@ -211,6 +223,15 @@ func bind(f *os.File, c Config) error {
 	return err
 }
 
+// limitCommands set watermarks of space ("b") or inodes ("f"). The kernel checks each against the others as they are by then
+// (daemon.c, cachefiles_daemon_bcull): in this order all pass, whatever they were.
+func limitCommands(of string, w fscache.Watermarks) []string {
+	return []string{
+		of + "stop 0%", of + "run 99%",
+		fmt.Sprintf("%scull %d%%", of, w.Cull), fmt.Sprintf("%srun %d%%", of, w.Run), fmt.Sprintf("%sstop %d%%", of, w.Stop),
+	}
+}
+
 // Name implements fscache.Engine.
 func (e *Engine) Name() string { return Name }
 
@@ -225,6 +246,11 @@ func (e *Engine) Add(ctx context.Context, o fscache.Object) error {
 	if err := checkObject(o); err != nil {
 		return err
 	}
+	// What is being culled is not added before that is over: its presence would be asked for in between.
+	if err := e.naming.Lock(ctx, o.Key); err != nil {
+		return err
+	}
+	defer e.naming.Unlock(o.Key)
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if e.closed {
@@ -315,16 +341,23 @@ func (e *Engine) remove(k fscache.Key) (changed <-chan struct{}, err error) {
 	if lives, err := erofs.Lives(mountName(k)); err != nil || lives {
 		return nil, fmt.Errorf("object %s is mounted: %w", k, errors.Join(err, fscache.ErrBusy))
 	}
-	// The predecessor may have died with the kernel's CLOSE, or refused the open that this was inherited for.
-	if h := o.handle; h != nil && h.inherited && !h.attached() {
-		over = h
-		e.release(h)
-	}
+	over = e.letGo(o)
 	if o.handle != nil {
 		return e.changed, nil
 	}
 	delete(e.objects, k)
 	return nil, nil
+}
+
+// letGo releases an object's inherited handle if the kernel has it open no longer: the predecessor may have died with the kernel's
+// CLOSE, or refused the open that it was inherited for. The caller drops what it returns, which may be nil. e.mu is held.
+func (e *Engine) letGo(o *object) *handle {
+	h := o.handle
+	if h == nil || !h.inherited || h.attached() {
+		return nil
+	}
+	e.release(h)
+	return h
 }
 
 // WriteAt implements fscache.Engine.

@@ -332,10 +332,15 @@ func frozenEngineAnswers(t *testing.T, h Harness) {
 func (r *rig) successor(left fscache.Inherited, mounts []string) *rig {
 	r.t.Helper()
 	s := takeOver(r.t, r.h, r.store, left)
-	s.bootstraps, s.mounts = r.bootstraps, mounts
-	for k, size := range r.sizes {
-		s.add(fscache.Object{Key: k, Size: size})
-	}
-	s.start(1)
+	s.adopt(r, mounts)
 	return s
+}
+
+// adopt makes a successor's rig serve what its predecessor's did.
+func (r *rig) adopt(before *rig, mounts []string) {
+	r.bootstraps, r.mounts = before.bootstraps, mounts
+	for k, size := range before.sizes {
+		r.add(fscache.Object{Key: k, Size: size})
+	}
+	r.start(1)
 }

@@ -27,14 +27,14 @@ func (e *Engine) Add(ctx context.Context, o fscache.Object) error {
 		return err
 	}
 	for {
-		err := e.add(o)
+		err := e.add(ctx, o)
 		if !errors.Is(err, errAgain) {
 			return err
 		}
 	}
 }
 
-func (e *Engine) add(o fscache.Object) error {
+func (e *Engine) add(ctx context.Context, o fscache.Object) error {
 	if known, err := e.object(o.Key); err == nil {
 		known.changing.Lock()
 		gone := known.gone.Load()
@@ -49,17 +49,11 @@ func (e *Engine) add(o fscache.Object) error {
 	} else if !errors.Is(err, fscache.ErrUnknown) {
 		return err
 	}
-	obj, err := openObject(e.root, e.dir, o)
+	obj, alive, err := e.make(ctx, o)
 	if err != nil {
 		return err
 	}
-	obj.changing.Lock()
 	defer obj.changing.Unlock()
-	// Known before marked: an event cannot come for a file we do not know.
-	alive, err := e.insert(obj)
-	if err != nil {
-		return errors.Join(err, obj.close())
-	}
 	holes, err := obj.hasHoles()
 	if err == nil && holes && !alive {
 		err = e.watch(obj)
@@ -69,6 +63,24 @@ func (e *Engine) add(o fscache.Object) error {
 		return errors.Join(err, obj.close())
 	}
 	return nil
+}
+
+// make opens an object's file, or makes it, and makes the object known before it is marked: an event cannot come for a file we do not
+// know. It returns the object with changing held, and whether a predecessor reads.
+func (e *Engine) make(ctx context.Context, o fscache.Object) (obj *object, alive bool, err error) {
+	if err := e.naming.Lock(ctx, o.Key); err != nil {
+		return nil, false, err
+	}
+	defer e.naming.Unlock(o.Key)
+	if obj, err = openObject(e.root, e.dir, o); err != nil {
+		return nil, false, err
+	}
+	obj.changing.Lock()
+	if alive, err = e.insert(obj); err != nil {
+		obj.changing.Unlock()
+		return nil, false, errors.Join(err, obj.close())
+	}
+	return obj, alive, nil
 }
 
 // insert makes an object known, with its quiet descriptor. It says whether a predecessor reads.

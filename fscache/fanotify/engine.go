@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"holdfast/fscache"
+	"holdfast/fscache/internal/keyed"
 	"holdfast/fscache/internal/spare"
 	"holdfast/state/crash"
 )
@@ -58,6 +59,8 @@ type Engine struct {
 	spare   *spare.Reserve        // guarded by reading
 	in      reception             // guarded by reading
 	attempt func(fd uintptr) bool // try
+
+	naming keyed.Mutex // by who makes the file of an object and makes it known, and who deletes it. Taken before all others
 
 	mu        sync.Mutex // guards what follows; never held over a system call that can wait
 	objects   map[fscache.Key]*object
@@ -137,7 +140,7 @@ func (e *Engine) open(c Config) error {
 	if err := os.MkdirAll(c.Dir, 0o700); err != nil {
 		return err
 	}
-	if err := checkHoles(c.Dir); err != nil {
+	if err := checkHolesIn(c.Dir); err != nil {
 		return err
 	}
 	var err error

@@ -1,13 +1,29 @@
 package fanotify
 
 import (
+	"errors"
 	"fmt"
 	"os"
+	"slices"
 
 	"golang.org/x/sys/unix"
 
 	"holdfast/fscache"
 )
+
+// checkHolesIn is checkHoles of a cache directory. On a full disk it cannot be tried, and what has cache files in it was tried when the first of
+// them was made: a daemon that starts on a full disk serves what is cached.
+func checkHolesIn(dir string) error {
+	err := checkHoles(dir)
+	if !errors.Is(err, unix.ENOSPC) && !errors.Is(err, unix.EDQUOT) {
+		return err
+	}
+	entries, err2 := os.ReadDir(dir)
+	if err2 == nil && slices.ContainsFunc(entries, os.DirEntry.IsDir) {
+		return nil
+	}
+	return errors.Join(err, err2)
+}
 
 // checkHoles says whether the file system of dir tells data from holes block by block, by trying. What it calls data after
 // a restart is taken for what was written (I5): where it allocates in larger units, the zeros around a block would be too.

@@ -80,6 +80,9 @@ func openObject(root *os.Root, dir string, o fscache.Object) (*object, error) {
 		return nil, fmt.Errorf("directory of domain %s: %w", o.Key.Domain, err)
 	}
 	f, err := root.OpenFile(name, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW|unix.O_NOATIME, 0o600)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, errAgain // the domain's directory went with its last object
+	}
 	if err != nil {
 		return nil, fmt.Errorf("cache file %s: %w", obj.path, err)
 	}
@@ -169,7 +172,12 @@ func (o *object) inUse() (bool, error) {
 	if file != o.seek {
 		_ = o.seek.Close() // no longer needed, and it would count as somebody else's; only read from
 	}
-	err := control(file, func(fd int) error {
+	return openElsewhere(file)
+}
+
+// openElsewhere is inUse of a file.
+func openElsewhere(f *os.File) (bool, error) {
+	err := control(f, func(fd int) error {
 		if _, err := unix.FcntlInt(uintptr(fd), unix.F_SETLEASE, unix.F_WRLCK); err != nil {
 			return err
 		}
@@ -180,7 +188,7 @@ func (o *object) inUse() (bool, error) {
 		return true, nil
 	}
 	if err != nil {
-		return false, fmt.Errorf("lease on cache file %s: %w", o.path, err)
+		return false, fmt.Errorf("lease on cache file %s: %w", f.Name(), err)
 	}
 	return false, nil
 }

@@ -12,7 +12,7 @@
 // It is imported by tests only. It never touches a real mount, and of the file system only looks whether a mount point
 // exists.
 //
-// Not modelled: time (a request waits for ever), partial pages, read-ahead beyond what is read, disk space, message ids that come
+// Not modelled: time (a request waits for ever), partial pages, read-ahead beyond what is read, inodes, message ids that come
 // round (after 2^32).
 //
 // Line numbers are of Linux 6.12.117 for cachefiles and EROFS, functions of 6.18 for fanotify.

@@ -238,6 +238,9 @@ func (e *Engine) WriteAt(k fscache.Key, p []byte, off int64) error {
 		if e.k.device != nil && !e.cache.attached(e.cache.current[k]) || e.k.group != nil && e.fan.quiet[k] == 0 {
 			return fmt.Errorf("object %s: %w", k, fscache.ErrNotOpen)
 		}
+		if !e.k.fits(f, off, int64(len(p))) {
+			return fmt.Errorf("object %s: %w", k, fscache.ErrNoSpace)
+		}
 		f.write(p, off)
 		return nil
 	})

@@ -38,6 +38,7 @@ type Kernel struct {
 	processes []*Engine // that are alive, oldest first
 	reader    *Engine   // who read a request last
 	kept      bool      // somebody else holds the lifeline
+	room      int64     // see SetRoom
 	wrong     []string  // see Violations
 }
 
