@@ -38,7 +38,10 @@ type Daemon struct {
 	scrubber scrubber
 	pump     *pump
 	recorder *recorder
-	saving   sync.Mutex // over what is done to the directories of saved images, until that is on record
+	culling  sync.Mutex  // held while an object is culled
+	begun    atomic.Bool // a culling was begun and is not over
+	cramped  atomic.Bool // there is little room, and that was logged
+	saving   sync.Mutex  // over what is done to the directories of saved images, until that is on record
 
 	succession succession
 	lastUsed   atomic.Int64                   // when the kernel or a client last asked for something, in nanoseconds since began
@@ -95,11 +98,13 @@ func newDaemon(o Options) (*Daemon, error) {
 		filler: &filler{
 			engine: o.Engine, decoder: decoder, log: o.Log, index: newIndex(),
 			ahead: uint64(o.ReadAhead), deadline: o.ReadDeadline, began: time.Now(),
+			room: newRoom(o.Engine, o.Limits, o.DomainQuota, o.Log), spaceDeadline: o.SpaceDeadline,
 		},
 		mountPoints: mountPoints, source: func(_ *mount, s source.Source) source.Source { return s },
 		objects: newObjects(), sources: &sourceTable{byName: map[string]*sourceStats{}}, mounts: newMounts(),
 		shelf: shelf{load: map[string]func() (loaded, error){}},
 	}
+	d.begun.Store(true) // as far as anybody knows: another process may have
 	d.base, d.stop = context.WithCancelCause(context.Background())
 	d.pump = newPump(o.Engine, d.serve)
 	d.succession.done, d.succession.going = make(chan struct{}), make(chan struct{}, 1)

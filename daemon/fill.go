@@ -22,6 +22,9 @@ type filler struct {
 	ahead    uint64        // read-ahead window in bytes
 	deadline time.Duration // how long a reader is made to wait
 
+	room          *room
+	spaceDeadline time.Duration // how long a reader is made to wait for room
+
 	index      *index
 	count      counters
 	began      time.Time
@@ -62,6 +65,13 @@ func (f *filler) fill(ctx context.Context, o *object, want span, r reader) error
 			continue
 		case errors.Is(err, errDeadline) && last != nil:
 			return fmt.Errorf("%w after %v; the last attempt failed: %w", errDeadline, f.deadline, last)
+		case noRoom(err):
+			r.turn.pass()
+			if err := f.awaitRoom(ctx, &d.shortage, err); err != nil {
+				return err
+			}
+			last = err
+			continue
 		case wrongBytes(err):
 			mismatches++
 		}
@@ -81,6 +91,7 @@ type demand struct {
 	turn     *turn
 	ready    func()
 	deadline time.Time // errDeadline after it
+	shortage shortage
 }
 
 // attempt does one thing for a reader: wait for what is on its way, or else fetch what is absent.
@@ -95,8 +106,8 @@ func (f *filler) attempt(ctx context.Context, o *object, d *demand) error {
 	}
 	defer func() { <-o.slots }()
 	ahead := f.ahead
-	if 2*len(o.slots) > cap(o.slots) {
-		ahead = 0 // slots are scarce: leave them to readers
+	if 2*len(o.slots) > cap(o.slots) || d.shortage.there() {
+		ahead = 0 // slots are scarce, or room is: leave them to readers
 	}
 	return f.fetch(o, d.want, ahead, d)
 }
@@ -201,6 +212,8 @@ func (f *filler) sinceMiss() time.Duration {
 func (f *filler) blame(o *object, began time.Time, s span, err error) {
 	switch {
 	case errors.Is(err, errUnmounted), errors.Is(err, errStopping), errors.Is(err, errDeadline):
+		return
+	case noRoom(err): // the source is not to blame; makeRoom says what there is to be said
 		return
 	case wrongBytes(err):
 		f.count.mismatches.Add(1)

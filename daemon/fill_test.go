@@ -318,7 +318,7 @@ func TestWaitersDeadlineIsItsOwn(t *testing.T) {
 	})
 }
 
-func TestFullCacheIsToldAsENOSPC(t *testing.T) {
+func TestFullCacheIsToldAsENOSPCAtTheSpaceDeadline(t *testing.T) {
 	eachMode(t, func(t *testing.T, mode simkernel.Mode) {
 		r := newRig(t, mode, nil)
 		defer r.close()
@@ -327,9 +327,12 @@ func TestFullCacheIsToldAsENOSPC(t *testing.T) {
 		r.e.fail(func(fscache.Key, []byte, int64) error { return fscache.ErrNoSpace })
 		r.wantError(b, 0, 4*kib)
 		for _, a := range r.e.reads(b.key) {
-			if a.errno != fscache.ENOSPC || a.took != 0 {
-				t.Errorf("answered %d after %v, want ENOSPC at once", a.errno, a.took)
+			if a.errno != fscache.ENOSPC || a.took != DefaultSpaceDeadline {
+				t.Errorf("answered %d after %v, want ENOSPC after %v", a.errno, a.took, DefaultSpaceDeadline)
 			}
+		}
+		if n := len(b.asked()); n > 30 {
+			t.Errorf("the source was asked %d times for bytes there was no room for", n)
 		}
 		r.e.fail(nil)
 		r.wantOK(b, 0, 4*kib)

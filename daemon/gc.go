@@ -192,7 +192,7 @@ func sizeOf(dir string) (n int64) {
 
 // gcObjects decides about the objects on record that want says.
 //
-// ORDER: on record as being removed, then removed, then off the record: a process that dies in between leaves a record of what is to be done.
+// The order is deleteCached's.
 func (d *Daemon) gcObjects(ctx context.Context, dryRun bool, want func(state.Object) bool) (list []Decision, err error) {
 	g, err := d.state.Graph()
 	if err != nil {
@@ -211,7 +211,7 @@ func (d *Daemon) gcObjects(ctx context.Context, dryRun bool, want func(state.Obj
 	if dryRun || !slices.ContainsFunc(list, func(x Decision) bool { return x.Remove }) {
 		return list, nil
 	}
-	retired, err := d.state.RetireObjects(func(o state.Object) bool { return unneeded[keyOf(o)] })
+	retired, err := d.state.RetireObjects(func(g *state.Graph, o state.Object) bool { return unneeded[keyOf(o)] && !g.Needed(o) })
 	if err != nil {
 		return nil, err
 	}
@@ -229,7 +229,7 @@ func (d *Daemon) gcObjects(ctx context.Context, dryRun bool, want func(state.Obj
 			x.Remove, x.Why = false, "something came to refer to it meanwhile"
 			continue
 		}
-		if err := d.cull(ctx, keyOf(x.object)); err != nil {
+		if err := d.remove(ctx, keyOf(x.object)); err != nil {
 			x.fail(err)
 			continue
 		}
@@ -295,11 +295,11 @@ func (d *Daemon) describe() error {
 	return nil
 }
 
-// tidy finishes what another process had begun to remove, and describes what another release recorded.
+// tidy finishes the removal of images that another process had begun, and describes those that another release recorded. Objects on record as
+// being removed are the culler's.
 func (d *Daemon) tidy(ctx context.Context) {
-	g, err := d.state.Graph()
-	if err == nil && !slices.ContainsFunc(g.Images, func(i state.Image) bool { return i.Removing || i.Blobs == nil }) &&
-		!slices.ContainsFunc(g.Objects, func(o state.Object) bool { return o.Removing }) {
+	images, err := d.state.Images()
+	if err == nil && !slices.ContainsFunc(images, func(i state.Image) bool { return i.Removing || i.Blobs == nil }) {
 		return
 	}
 	done, err2 := d.change()
@@ -308,26 +308,19 @@ func (d *Daemon) tidy(ctx context.Context) {
 		return
 	}
 	defer done()
-	if err := errors.Join(d.describe(), d.finishRemovals(ctx)); err != nil && ctx.Err() == nil {
+	if err := errors.Join(d.describe(), d.finishRemovals()); err != nil && ctx.Err() == nil {
 		d.log.Error("finish what was being removed: holdfast gc tries again", zap.Error(err))
 	}
 }
 
-// finishRemovals removes what is on record as being removed.
-func (d *Daemon) finishRemovals(ctx context.Context) error {
+// finishRemovals removes the images that are on record as being removed.
+func (d *Daemon) finishRemovals() error {
 	d.saving.Lock()
+	defer d.saving.Unlock()
 	images, err := d.state.Images()
 	for _, i := range images {
 		if i.Removing {
 			err = errors.Join(err, d.removeImage(i.Digest))
-		}
-	}
-	d.saving.Unlock()
-	list, err2 := d.gcObjects(ctx, false, func(o state.Object) bool { return o.Removing })
-	err = errors.Join(err, err2)
-	for _, x := range list {
-		if x.Failed != "" {
-			err = errors.Join(err, errors.New(x.Failed))
 		}
 	}
 	return err

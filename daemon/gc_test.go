@@ -188,7 +188,7 @@ func TestARemovalThatAProcessDiedOverIsFinishedByTheNext(t *testing.T) {
 	}
 	_, err := c.state.RetireImage(images[0].digest)
 	if err == nil {
-		_, err = c.state.RetireObjects(func(state.Object) bool { return true })
+		_, err = c.state.RetireObjects(func(g *state.Graph, o state.Object) bool { return !g.Needed(o) })
 	}
 	if err := errors.Join(err, c.close()); err != nil {
 		t.Fatal(err)
@@ -196,6 +196,7 @@ func TestARemovalThatAProcessDiedOverIsFinishedByTheNext(t *testing.T) {
 	next := newCollector(t, k, root)
 	defer next.close()
 	next.tidy(t.Context())
+	next.makeRoom(t.Context())
 	if next.saved(images[0]) || next.cached("d", images[0].ids[0]) {
 		t.Error("what was being removed is still there")
 	}

@@ -67,6 +67,7 @@ func (d *Daemon) serveUntil(ctx context.Context, l net.Listener) (err error) {
 	if d.opt.ScrubRate > 0 {
 		d.ticking.Go(func() { d.scrub(ticks) })
 	}
+	d.ticking.Go(func() { d.keepRoom(ticks) })
 	select {
 	case <-ctx.Done():
 		d.askForTime()

@@ -339,7 +339,9 @@ func (d *Daemon) letGoHolds(m *mount, holds []*hold) (err error) {
 // ORDER: unmounted first, off the record last, so that a crash between leaves a record of nothing, which is dropped.
 func (d *Daemon) part(m *mount, err error) error {
 	if len(m.kept) == 0 {
-		return errors.Join(err, m.image.Close(), d.state.ForgetMount(m.record.ID))
+		err = errors.Join(err, m.image.Close(), d.state.ForgetMount(m.record.ID))
+		d.discardBootstrap(m)
+		return err
 	}
 	if e := d.stage(m, state.StageLinger); e != nil {
 		d.log.Error("record that an unmounted image is still used", zap.String("image", m.record.Ref), zap.Error(e))
@@ -444,8 +446,10 @@ func (d *Daemon) unmount(ctx context.Context, dir string) error {
 		return unmountFailed(err)
 	}
 	m.prefetch.end()
+	d.usedUntilNow(m)
 	err = d.part(m, d.letGo(m))
 	d.mounts.drop(m)
+	d.room.kick() // its domain may be over its quota, and what it had can be culled now
 	d.sweep()
 	d.log.Info("unmounted", zap.String("image", m.record.Ref), zap.String("dir", m.record.Dir), zap.Error(err))
 	return err

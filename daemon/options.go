@@ -20,6 +20,8 @@ const (
 	DefaultReadDeadline = 5 * time.Minute
 	DefaultStreams      = 8
 	DefaultStopTimeout  = 10 * time.Second
+
+	DefaultSpaceDeadline = 30 * time.Second
 )
 
 // Options say what a daemon works with. Engine, Log, Root and Socket are required.
@@ -58,6 +60,10 @@ type Options struct {
 
 	ScrubRate int64 // compare what is cached of complete objects with its digests, so many bytes a second; 0: not
 
+	Limits        fscache.Limits   // how much room the cache leaves free; DefaultLimits if zero
+	DomainQuota   map[string]int64 // bytes that a domain's objects may take; AllDomains: of each that is not named
+	SpaceDeadline time.Duration    // how long a reader is made to wait for room in the cache before it gets ENOSPC (EIO where there is no other error)
+
 	made func(*Daemon) // gets what was made of them before it is used: a test puts things of its own in place of the host's; may be nil
 }
 
@@ -72,7 +78,11 @@ func (o *Options) complete() error {
 	def(&o.ReadAhead, DefaultReadAhead)
 	def((*int64)(&o.ReadDeadline), int64(DefaultReadDeadline))
 	def((*int64)(&o.StopTimeout), int64(DefaultStopTimeout))
+	def((*int64)(&o.SpaceDeadline), int64(DefaultSpaceDeadline))
 	def(&streams, DefaultStreams)
+	if o.Limits == (fscache.Limits{}) {
+		o.Limits = fscache.DefaultLimits
+	}
 	o.Streams = int(streams)
 	switch {
 	case o.Engine == nil || o.Log == nil:
@@ -85,8 +95,18 @@ func (o *Options) complete() error {
 		return fmt.Errorf("daemon: read deadline %v, stop timeout %v and %d streams: none may be negative, nor streams over %d", o.ReadDeadline, o.StopTimeout, o.Streams, maxStreams)
 	case o.ScrubRate < 0:
 		return fmt.Errorf("daemon: scrub rate of %d bytes a second is negative", o.ScrubRate)
+	case o.SpaceDeadline < 0:
+		return fmt.Errorf("daemon: space deadline of %v is negative", o.SpaceDeadline)
 	case o.PrefetchBPS < 0:
 		return fmt.Errorf("daemon: prefetch limit of %d bytes a second is negative", o.PrefetchBPS)
+	}
+	for domain, n := range o.DomainQuota {
+		if n < 0 {
+			return fmt.Errorf("daemon: quota of %d bytes of domain %q is negative", n, domain)
+		}
+	}
+	if err := o.Limits.Check(); err != nil {
+		return fmt.Errorf("daemon: %w", err)
 	}
 	return nil
 }

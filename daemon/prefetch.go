@@ -176,8 +176,15 @@ func (p *prefetch) bring(ctx context.Context, o *object, s span) error {
 
 func (p *prefetch) bringStep(ctx context.Context, o *object, step span) error {
 	mismatches := 0
+	var shortage shortage
 	for !o.has(step) {
 		err := p.turn(ctx, o, step)
+		if noRoom(err) {
+			if err := p.awaitRoom(ctx, &shortage, err); err != nil {
+				return err
+			}
+			continue
+		}
 		if wrongBytes(err) {
 			mismatches++
 		}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
 
 	"go.uber.org/zap"
 
@@ -40,7 +41,7 @@ func (d *Daemon) settle(ctx context.Context, o *object) error {
 	if known.Table != "" && known.Table != o.print && !d.readsBack(o.key) {
 		return fmt.Errorf("object %s: what is cached was described differently by another image, and the engine cannot check it; mount this image in another domain: %w", o.key, errConflict)
 	}
-	if known.Boot != want.Boot || known.Table != want.Table {
+	if known.Boot != want.Boot || known.Table != want.Table || known.Removing {
 		whole, err = d.verify(ctx, o, whole)
 		switch {
 		case errors.Is(err, fscache.ErrNotOpen):
@@ -48,6 +49,7 @@ func (d *Daemon) settle(ctx context.Context, o *object) error {
 		case err != nil:
 			return err
 		default:
+			want.Used = time.Now().UTC()
 			if err := d.state.RecordObject(want); err != nil {
 				return err
 			}

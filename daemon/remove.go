@@ -130,9 +130,9 @@ func (d *Daemon) removeImage(digest string) error {
 	return d.state.ForgetImage(digest)
 }
 
-// cull deletes what is cached of an object that is on record as being removed. Whoever comes to mount it waits for that, and begins
-// with nothing cached.
-func (d *Daemon) cull(ctx context.Context, k fscache.Key) error {
+// remove deletes what is cached of an object that is on record as being removed, when it has its turn. Whoever comes to mount it waits for
+// that, and begins with nothing cached.
+func (d *Daemon) remove(ctx context.Context, k fscache.Key) error {
 	e := d.objects.enter(k)
 	defer d.objects.leave(k, e)
 	select {
@@ -145,13 +145,29 @@ func (d *Daemon) cull(ctx context.Context, k fscache.Key) error {
 	if err != nil {
 		return err
 	}
-	if d.objects.get(k) != nil || !now.Removing {
+	if !now.Removing && now.ID != "" {
 		return fmt.Errorf("object %s was mounted meanwhile: %w", k, fscache.ErrBusy)
 	}
+	return d.deleteCached(ctx, k)
+}
+
+// deleteCached deletes what is cached of an object, unless it is mounted; the caller has its turn. What it fails to delete the culler tries
+// again.
+//
+// ORDER: on record as being removed (RetireObjects), deleted, off the record (ForgetObjects): what a process leaves that dies in between is known.
+func (d *Daemon) deleteCached(ctx context.Context, k fscache.Key) error {
+	if d.objects.get(k) != nil {
+		return fmt.Errorf("object %s is mounted: %w", k, fscache.ErrBusy)
+	}
 	crash.Point("daemon.cull.before-cull")
-	err = d.engine.Cull(ctx, k)
+	err := d.engine.Cull(ctx, k)
 	crash.Point("daemon.cull.after-cull")
-	return err
+	if err != nil {
+		d.begun.Store(true)
+		return err
+	}
+	d.room.made()
+	return nil
 }
 
 // usage is how many bytes an object takes on disk; 0 where that cannot be told.

@@ -52,6 +52,8 @@ type Status struct {
 
 	ReadDeadline time.Duration `json:"read_deadline_ns"` // how long a reader waits for a source that does not answer
 
+	Space SpaceStatus `json:"space"`
+
 	Mounts  int      `json:"mounts"`
 	Damaged []string `json:"damaged,omitempty"` // state found damaged at start, and where it was put
 	Lost    []string `json:"lost,omitempty"`    // mounts that could not be kept, since the daemon started
@@ -69,6 +71,16 @@ type Status struct {
 	Scrub   *ScrubStatus   `json:"scrub,omitempty"` // where the daemon was told to
 	Sources []SourceStatus `json:"sources"`
 	Objects []ObjectStatus `json:"objects"`
+}
+
+// A SpaceStatus is the room that the cache has.
+type SpaceStatus struct {
+	Total      int64 `json:"total"` // bytes of its file system
+	Free       int64 `json:"free"`  // of them, for the cache
+	Inodes     int64 `json:"inodes"`
+	FreeInodes int64 `json:"free_inodes"`
+	Culled     int64 `json:"culled"`  // objects
+	Stopped    bool  `json:"stopped"` // there is so little that nothing new is written
 }
 
 // A SourceStatus is what one source gave.
@@ -100,6 +112,12 @@ func (d *Daemon) status() Status {
 		Copied: d.count.copied.Load(), Served: d.count.served.Load(), Mismatches: d.count.mismatches.Load(),
 		Failures: d.count.failures.Load(), Refused: d.count.refused.Load(),
 		Scrub: d.scrubber.report(), Sources: d.sources.status(), Objects: []ObjectStatus{},
+	}
+	if space, err := d.room.ask(); err == nil {
+		s.Space = SpaceStatus{
+			Total: space.Total, Free: space.Free, Inodes: space.Inodes, FreeInodes: space.FreeInodes,
+			Culled: d.room.culled.Load(), Stopped: d.room.limits.Stopped(space, 0),
+		}
 	}
 	if n > 0 {
 		s.OldestAge = time.Since(oldest)

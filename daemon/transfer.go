@@ -185,7 +185,13 @@ func (t *transfer) verified(ctx context.Context, b batch) (*buffer, error) {
 func (t *transfer) write(b batch, p []byte) error {
 	for off := b.off; off < b.end; off += uint64(len(p)) {
 		p = p[:min(uint64(len(p)), b.end-off)]
-		if err := t.engine.WriteAt(t.o.key, p, int64(off)); err != nil {
+		err := t.room.admit(t.o.key.Domain, int64(len(p)))
+		if err == nil {
+			if err = t.engine.WriteAt(t.o.key, p, int64(off)); noRoom(err) {
+				t.room.full()
+			}
+		}
+		if err != nil {
 			return fmt.Errorf("%w: object %s, %d bytes at %d: %w", errWrite, t.o.key, len(p), off, err)
 		}
 	}

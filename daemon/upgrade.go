@@ -142,6 +142,9 @@ func (d *Daemon) exclude() error {
 		return conflict("try again later", "something is being mounted or unmounted")
 	}
 	d.changing.Unlock()
+	// Nothing is culled from here on, when what is being culled has been. It is no reason to refuse.
+	d.culling.Lock()
+	defer d.culling.Unlock()
 	return nil
 }
 

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"strings"
+	"time"
 
 	"go.etcd.io/bbolt"
 
@@ -137,16 +138,33 @@ func (d *DB) RecordObject(o Object) error {
 // stays.
 func (d *DB) StampObject(o Object) error {
 	return d.update("record object "+o.ID, func(tx *bbolt.Tx) error {
-		key := objectKey(o.Domain, o.ID)
-		known := Object{Domain: o.Domain, ID: o.ID}
-		if v := tx.Bucket(bucketObjects).Get([]byte(key)); v != nil {
-			if err := decode(v, &known); err != nil {
+		return changeObject(tx, o.Domain, o.ID, func(known *Object) { known.Boot, known.Table, known.Stamp = o.Boot, o.Table, o.Stamp })
+	})
+}
+
+// UseObjects records that a mount's use of objects, named by their ids, ends at a time.
+func (d *DB) UseObjects(domain string, ids []string, at time.Time) error {
+	return d.update("record when objects were last used", func(tx *bbolt.Tx) error {
+		for _, id := range ids {
+			if err := changeObject(tx, domain, id, func(o *Object) { o.Used = at }); err != nil {
 				return err
 			}
 		}
-		known.Boot, known.Table, known.Stamp = o.Boot, o.Table, o.Stamp
-		return put(tx, bucketObjects, key, known)
+		return nil
 	})
+}
+
+// changeObject changes the record of an object, or makes one.
+func changeObject(tx *bbolt.Tx, domain, id string, change func(*Object)) error {
+	key := objectKey(domain, id)
+	o := Object{Domain: domain, ID: id}
+	if v := tx.Bucket(bucketObjects).Get([]byte(key)); v != nil {
+		if err := decode(v, &o); err != nil {
+			return err
+		}
+	}
+	change(&o)
+	return put(tx, bucketObjects, key, o)
 }
 
 // Object returns the record of an object; the zero Object when there is none.

@@ -98,10 +98,20 @@ func (g *Graph) Referrers(domain, id string) (list []Image) {
 	return append(list, g.unknown...)
 }
 
-// needed says whether anything refers to an object.
-func (g *Graph) needed(o Object) bool {
+// Needed says whether anything refers to an object.
+func (g *Graph) Needed(o Object) bool {
 	_, boot := g.Bootstrap(o.Domain, o.ID)
 	return boot || len(g.Referrers(o.Domain, o.ID)) > 0
+}
+
+// InUse says whether a mount on record has an object, as far as anybody knows.
+func (g *Graph) InUse(o Object) bool {
+	if _, boot := g.Bootstrap(o.Domain, o.ID); boot {
+		return true
+	}
+	return slices.ContainsFunc(g.Referrers(o.Domain, o.ID), func(i Image) bool {
+		return slices.ContainsFunc(g.Mounted(i.Digest), func(m Mount) bool { return m.Domain == o.Domain })
+	})
 }
 
 // refer records an image and its objects in a mount's domain.
@@ -205,9 +215,9 @@ func (d *DB) ForgetImage(digest string) error {
 	return err
 }
 
-// RetireObjects records that the objects that want says are being removed, all but those that something refers to, and returns those
-// and the ones that were being removed before.
-func (d *DB) RetireObjects(want func(Object) bool) (retired []Object, err error) {
+// RetireObjects records that what is cached of the objects that want says is being removed, all but those that a mount on record has, and
+// returns those and the ones that were being removed before. Where images refer to one, it is brought in again when it is mounted.
+func (d *DB) RetireObjects(want func(*Graph, Object) bool) (retired []Object, err error) {
 	err = d.update("retire objects", func(tx *bbolt.Tx) error {
 		defer crash.Point("state.retire-objects.before-commit")
 		g, err := readGraph(tx)
@@ -215,17 +225,16 @@ func (d *DB) RetireObjects(want func(Object) bool) (retired []Object, err error)
 			return err
 		}
 		for _, o := range g.Objects {
-			if !want(o) || g.needed(o) {
+			if !want(g, o) || g.InUse(o) {
 				continue
+			}
+			if !o.Removing {
+				o.Removing = true
+				if err := put(tx, bucketObjects, objectKey(o.Domain, o.ID), o); err != nil {
+					return err
+				}
 			}
 			retired = append(retired, o)
-			if o.Removing {
-				continue
-			}
-			retired[len(retired)-1].Removing = true
-			if err := put(tx, bucketObjects, objectKey(o.Domain, o.ID), retired[len(retired)-1]); err != nil {
-				return err
-			}
 		}
 		return nil
 	})
@@ -233,8 +242,7 @@ func (d *DB) RetireObjects(want func(Object) bool) (retired []Object, err error)
 	return retired, err
 }
 
-// ForgetObjects takes objects off the record, when what was cached of them is removed. Those that something came to refer to
-// meanwhile stay.
+// ForgetObjects takes objects off the record, when what was cached of them is removed. Those that were mounted meanwhile stay.
 func (d *DB) ForgetObjects(list []Object) error {
 	err := d.update("forget objects", func(tx *bbolt.Tx) error {
 		defer crash.Point("state.forget-objects.before-commit")

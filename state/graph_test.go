@@ -10,7 +10,9 @@ import (
 	"go.etcd.io/bbolt"
 )
 
-func everything(Object) bool { return true }
+func everything(*Graph, Object) bool { return true }
+
+func unneeded(g *Graph, o Object) bool { return !g.Needed(o) }
 
 // ids are the domains and ids of objects.
 func ids(list []Object) (all []string) {
@@ -54,7 +56,7 @@ func TestAnObjectIsKeptWhileAnImageRefersToItInItsDomain(t *testing.T) {
 	if err := db.RecordObject(Object{Domain: "d", ID: a.ID}); err != nil { // a bootstrap
 		t.Fatal(err)
 	}
-	if gone, err := db.RetireObjects(everything); len(gone) != 0 || err != nil {
+	if gone, err := db.RetireObjects(unneeded); len(gone) != 0 || err != nil {
 		t.Errorf("all is referred to, and %v is retired, %v", ids(gone), err)
 	}
 	if mounts, err := db.RetireImage("a"); len(mounts) != 1 || err != nil {
@@ -63,13 +65,13 @@ func TestAnObjectIsKeptWhileAnImageRefersToItInItsDomain(t *testing.T) {
 	if err := errors.Join(db.ForgetMount(a.ID), db.ForgetMount(b.ID), db.ForgetMount(elsewhere.ID)); err != nil {
 		t.Fatal(err)
 	}
-	if gone, err := db.RetireObjects(everything); !slices.Equal(ids(gone), []string{"d/" + a.ID}) || err != nil {
+	if gone, err := db.RetireObjects(unneeded); !slices.Equal(ids(gone), []string{"d/" + a.ID}) || err != nil {
 		t.Errorf("retired %v, %v: want the bootstrap, for an unmounted image keeps its blobs", ids(gone), err)
 	}
 	if mounts, err := db.RetireImage("a"); len(mounts) != 0 || err != nil {
 		t.Fatal(mounts, err)
 	}
-	gone, err := db.RetireObjects(everything)
+	gone, err := db.RetireObjects(unneeded)
 	if want := []string{"d/1", "d/" + a.ID}; !slices.Equal(ids(gone), want) || err != nil {
 		t.Errorf("retired %v, %v; want %v", ids(gone), err, want)
 	}
@@ -84,6 +86,37 @@ func TestAnObjectIsKeptWhileAnImageRefersToItInItsDomain(t *testing.T) {
 	}
 }
 
+func TestWhatAMountHasIsNeverRetiredAndWhatImagesAloneReferToMayBe(t *testing.T) {
+	db := open(t)
+	a := record(t, db, "a", "d", "1", "2")
+	b := record(t, db, "b", "d", "2", "3")
+	record(t, db, "c", "e", "3")
+	if gone, err := db.RetireObjects(everything); len(gone) != 0 || err != nil {
+		t.Errorf("all is mounted, and %v is retired, %v", ids(gone), err)
+	}
+	if err := db.ForgetMount(a.ID); err != nil {
+		t.Fatal(err)
+	}
+	gone, err := db.RetireObjects(everything)
+	if !slices.Equal(ids(gone), []string{"d/1"}) || err != nil {
+		t.Errorf("retired %v, %v: want what the mounted images do not have", ids(gone), err)
+	}
+	offline := a
+	offline.ID, offline.Stage = "m-offline", StageOffline
+	if err := errors.Join(db.ForgetMount(b.ID), db.RecordOffline(offline)); err != nil {
+		t.Fatal(err)
+	}
+	if err := db.ForgetObjects(gone); err != nil {
+		t.Fatal(err)
+	}
+	if gone, err := db.RetireObjects(everything); !slices.Equal(ids(gone), []string{"d/3"}) || err != nil {
+		t.Errorf("retired %v, %v: want what is neither mounted nor mounted without a daemon", ids(gone), err)
+	}
+	if got, want := onRecord(t, db), []string{"d/1", "d/2", "d/3", "e/3"}; !slices.Equal(got, want) {
+		t.Errorf("on record are %v, want %v", got, want)
+	}
+}
+
 func TestWhatIsMountedAgainWhileItIsRemovedStaysOnRecord(t *testing.T) {
 	db := open(t)
 	m := record(t, db, "a", "d", "1")
@@ -93,7 +126,7 @@ func TestWhatIsMountedAgainWhileItIsRemovedStaysOnRecord(t *testing.T) {
 	if _, err := db.RetireImage("a"); err != nil {
 		t.Fatal(err)
 	}
-	gone, err := db.RetireObjects(everything)
+	gone, err := db.RetireObjects(unneeded)
 	if len(gone) != 1 || err != nil {
 		t.Fatal(gone, err)
 	}
@@ -123,13 +156,13 @@ func TestAnImageThatIsNotDescribedRefersToEverything(t *testing.T) {
 		}
 	}
 	schema1(t, db, "old")
-	if gone, err := db.RetireObjects(everything); len(gone) != 0 || err != nil {
+	if gone, err := db.RetireObjects(unneeded); len(gone) != 0 || err != nil {
 		t.Errorf("retired %v, %v", ids(gone), err)
 	}
 	if err := db.DescribeImage("old", []Blob{{ID: "1", Size: 4096}}); err != nil {
 		t.Fatal(err)
 	}
-	if gone, err := db.RetireObjects(everything); !slices.Equal(ids(gone), []string{"d/2"}) || err != nil {
+	if gone, err := db.RetireObjects(unneeded); !slices.Equal(ids(gone), []string{"d/2"}) || err != nil {
 		t.Errorf("retired %v, %v: want the one that is no blob of the image", ids(gone), err)
 	}
 	images, err := db.Images()
@@ -146,7 +179,7 @@ func TestAMountWhoseImageIsNotOnRecordKeepsEverything(t *testing.T) {
 	if err := db.update("test", func(tx *bbolt.Tx) error { return tx.Bucket(bucketImages).Delete([]byte("a")) }); err != nil {
 		t.Fatal(err)
 	}
-	if gone, err := db.RetireObjects(everything); len(gone) != 0 || err != nil {
+	if gone, err := db.RetireObjects(unneeded); len(gone) != 0 || err != nil {
 		t.Errorf("retired %v, %v", ids(gone), err)
 	}
 }

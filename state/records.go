@@ -58,7 +58,10 @@ type Object struct {
 	Boot     string `json:"boot"`               // boot id
 	Table    string `json:"table"`              // fingerprint
 	Size     int64  `json:"size,omitempty"`     // bytes; 0: a release before schema 2 recorded it
-	Removing bool   `json:"removing,omitempty"` // nothing refers to it, and what is cached of it is being removed
+	Removing bool   `json:"removing,omitempty"` // what is cached of it is being removed
+
+	// Used is when the last mount of it went, or when its presence was settled for one; zero: an earlier release recorded it.
+	Used time.Time `json:"used,omitzero"`
 
 	// Stamp is that of the cache file when all of it was found right and had been synced, also across boots; "": it was not.
 	Stamp string `json:"stamp,omitempty"`

@@ -33,6 +33,7 @@ type engineConfig struct {
 	inbox     fscache.Inbox
 	holder    fscache.Holder
 	reserved  *fanotify.Reservation
+	limits    fscache.Limits
 	unsafe    bool
 	log       *zap.Logger
 }
@@ -45,7 +46,7 @@ var engineKinds = []engineKind{
 		try:    func(dir string, _ bool) error { return cachefiles.Available(dir) },
 		unused: cachefiles.Unused,
 		open: func(c engineConfig) (fscache.Engine, error) {
-			return cachefiles.Open(cachefiles.Config{Dir: c.dir, Inherited: c.inherited, Inbox: c.inbox, Holder: c.holder, Log: c.log})
+			return cachefiles.Open(cachefiles.Config{Dir: c.dir, Limits: c.limits, Inherited: c.inherited, Inbox: c.inbox, Holder: c.holder, Log: c.log})
 		},
 	},
 	{

@@ -28,7 +28,7 @@ func serveCommand() *cli.Command {
 }
 
 func serveFlags() []cli.Flag {
-	return []cli.Flag{
+	return append([]cli.Flag{
 		&cli.StringFlag{Name: "engine", Value: "auto", Usage: "`ENGINE` to use, by name, or auto for the first that works"},
 		&cli.GenericFlag{Name: "read-ahead", Value: &size{daemon.DefaultReadAhead}, Usage: "fetch so many `BYTES` for a reader that misses one"},
 		&cli.DurationFlag{Name: "read-deadline", Value: daemon.DefaultReadDeadline, Usage: "`TIME` until the reader of an unreachable source gets an error"},
@@ -39,7 +39,7 @@ func serveFlags() []cli.Flag {
 		prefetchFlag("on"), prefetchRateFlag(),
 		&cli.GenericFlag{Name: "scrub-rate", Value: &size{}, Usage: "compare what is cached of mounted images with its digests, so many `BYTES` a second, and report in log and status (0: not)"},
 		&cli.BoolFlag{Name: "allow-unsafe-kernel", Usage: "also run on kernels whose EROFS is known to give wrong bytes to a reader killed at the wrong time"},
-	}
+	}, spaceFlags()...)
 }
 
 func prefetchFlag(value string) cli.Flag {
@@ -183,7 +183,7 @@ func opener(c *cli.Context, o daemon.Options, reserved *fanotify.Reservation) fu
 		}
 		e, err := engineKinds[i].open(engineConfig{
 			dir: daemon.CacheDir(o.Root, name), inherited: in, inbox: inbox, holder: h, reserved: reserved,
-			unsafe: c.Bool("allow-unsafe-kernel"), log: o.Log.Named(name),
+			limits: o.Limits, unsafe: c.Bool("allow-unsafe-kernel"), log: o.Log.Named(name),
 		})
 		if err != nil {
 			return nil, fmt.Errorf("open the %s engine: %w", name, err)
@@ -196,7 +196,10 @@ func serveOptions(c *cli.Context, log *zap.Logger) (o daemon.Options, err error)
 	o = daemon.Options{
 		Log: log, Release: release, ReadAhead: bytesOf(c, "read-ahead"), ReadDeadline: c.Duration("read-deadline"),
 		Streams: c.Int("streams"), StopTimeout: c.Duration("stop-timeout"), PrefetchBPS: bytesOf(c, "prefetch-rate"), ScrubRate: bytesOf(c, "scrub-rate"),
-		IdleExit: c.Duration("idle-exit"),
+		IdleExit: c.Duration("idle-exit"), SpaceDeadline: c.Duration("space-deadline"), DomainQuota: c.Generic("domain-quota").(*quota).bytes,
+	}
+	if o.Limits, err = limits(c); err != nil {
+		return o, err
 	}
 	if o.Prefetch, err = onOff(c, "prefetch"); err != nil {
 		return o, err

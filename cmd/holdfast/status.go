@@ -88,6 +88,10 @@ func printStatus(t *tabwriter.Writer, s statusAnswer) {
 	if x := s.Scrub; x != nil {
 		fmt.Fprintf(t, "scrub\t%s compared, %d wrong chunks found, %d passes\n", human(x.Bytes), x.Bad, x.Passes)
 	}
+	fmt.Fprintf(t, "space\t%s of %s free, %d objects culled\n", human(s.Space.Free), human(s.Space.Total), s.Space.Culled)
+	if s.Space.Stopped {
+		fmt.Fprintf(t, "\tfull: nothing new is written (see --bstop and --fstop); unmount images, or make room\n")
+	}
 	for _, d := range s.Damaged {
 		fmt.Fprintf(t, "damaged\t%s\n", d)
 	}
