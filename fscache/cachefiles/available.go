@@ -55,7 +55,7 @@ func available(dir string) error {
 func mountable() error {
 	for _, option := range []string{"fsid", "domain_id"} {
 		if err := erofs.TryOption(erofs.Option{Name: option, Value: "probe"}); err != nil {
-			return fmt.Errorf("%w (EROFS over fscache: CONFIG_EROFS_FS_ONDEMAND, Linux 5.19 to 7.1)", err)
+			return fmt.Errorf("%w: EROFS over fscache needs CONFIG_CACHEFILES_ONDEMAND and CONFIG_EROFS_FS_ONDEMAND (Linux 5.19 to 7.1; removed in 7.2)", err)
 		}
 	}
 	return nil

@@ -64,7 +64,7 @@ type Engine struct {
 	turn    sync.Mutex    // held by the Next that reads. Taken before mu.
 	nudge   chan struct{} // room for one: a slot is free, or there is something in queue
 	heard   atomic.Bool   // somebody was in Next: what the kernel closes is heard of
-	naming  sync.Mutex    // held while files are made for the kernel to find. Taken before mu.
+	making  sync.Mutex    // held while files are made for the kernel to find. Taken before mu.
 
 	naming keyed.Mutex // by who adds an object, and who deletes its file. Taken before all others
 

@@ -30,8 +30,8 @@ const (
 // What cannot be named is left to the kernel. Where it has an unnamed file of the object after all, that takes the place of this one when
 // it gets its name.
 func (e *Engine) nameFiles(blobs []fscache.Object) {
-	e.naming.Lock()
-	defer e.naming.Unlock()
+	e.making.Lock()
+	defer e.making.Unlock()
 	for _, b := range blobs {
 		e.mu.Lock()
 		o := e.objects[b.Key]
