@@ -85,7 +85,7 @@ drill-full: drill
 
 # Ratios against bare handlers in one run; never part of a test.
 bench: build
-	$(GO) run ./tests/deps erofs-utils mmdebstrap zstd
+	$(GO) run ./tests/deps curl erofs-utils mmdebstrap zstd
 	$(GO) run ./tests/bench -holdfast bin/holdfast
 
 fuzz:

@@ -5,6 +5,7 @@ import (
 	"sync"
 
 	"holdfast/fscache"
+	"holdfast/rafs/blob"
 )
 
 // Buffers are recycled by size class, powers of two from a block to the largest stored chunk. What lies idle is left to
@@ -13,7 +14,7 @@ const bufferClasses = 14 // 4 KiB << 13 = 32 MiB, the first class that holds raf
 
 var bufferPools [bufferClasses]sync.Pool
 
-// A buffer is aligned memory of at least the size asked for.
+// A buffer is aligned memory of at least the size asked for, with a capacity of blob.Slack bytes more.
 type buffer struct {
 	b     []byte
 	class int
@@ -26,7 +27,7 @@ func getBuffer(n int) *buffer {
 		p.b = p.b[:n]
 		return p
 	}
-	return &buffer{b: fscache.AlignedBuffer(fscache.BlockSize << class)[:n], class: class}
+	return &buffer{b: fscache.AlignedBuffer(fscache.BlockSize<<class + blob.Slack)[:n], class: class}
 }
 
 func (p *buffer) free() {

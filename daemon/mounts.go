@@ -413,7 +413,7 @@ func (d *Daemon) startPrefetch(m *mount) {
 		}
 		p := newPrefetch(d.filler, &m.gate, r.PrefetchBPS)
 		if m.hurried.Load() {
-			p.lanes = hurriedLanes
+			p.lanes, p.flush = hurriedLanes, true
 		}
 		return p.run(ctx, m.image.Plan(), objects)
 	})

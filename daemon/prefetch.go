@@ -93,7 +93,8 @@ type prefetch struct {
 	gate  *gate
 	limit *rate.Limiter // nil: none
 	step  uint64
-	lanes int // steps at a time
+	lanes int  // steps at a time
+	flush bool // somebody waits for the end, which is when all is synced
 }
 
 func newPrefetch(f *filler, g *gate, bps int64) *prefetch {
@@ -209,7 +210,11 @@ func (p *prefetch) turn(ctx context.Context, o *object, step span) error {
 	if err := p.gate.wait(ctx); err != nil {
 		return err
 	}
-	return p.fetch(o, step, 0, nil)
+	if err := p.fetch(o, step, 0, nil); err != nil || !p.flush {
+		return err
+	}
+	first := o.table.At(step.first).Offset
+	return p.engine.Flush(o.key, fscache.Extent{Off: int64(first), Len: int64(o.table.At(step.last-1).End() - first)})
 }
 
 // pay waits until the bandwidth limit allows the stored bytes of step.

@@ -161,6 +161,9 @@ type Engine interface {
 
 	// Sync makes what was written to the object's cache file survive a power failure, as far as the engine can.
 	Sync(k Key) error
+	// Flush begins to bring what was written of an extent to the disk, so that a Sync that comes later takes less time. It proves nothing:
+	// errors of the disk are for Sync to find.
+	Flush(k Key, e Extent) error
 
 	// Lifeline is the fd whose last close would break every mount (the device or the group), and its name in the fd
 	// store. The caller must not close it.

@@ -67,6 +67,7 @@ func closedEngineRefuses(t *testing.T, h Harness) {
 		"WriteAt":  e.WriteAt(a.Key, content(a.Key, 0, page), 0),
 		"Complete": e.Complete(a.Key),
 		"Sync":     e.Sync(a.Key),
+		"Flush":    e.Flush(a.Key, fscache.Extent{Len: page}),
 		"Answer":   e.Answer(fscache.Request{Op: fscache.OpRead, Object: a.Key, Len: page}, fscache.EIO),
 	} {
 		if !errors.Is(err, fscache.ErrClosed) {
@@ -127,6 +128,7 @@ func unknownObjectIsRefused(t *testing.T, h Harness) {
 		"WriteAt":  r.e.WriteAt(k, content(k, 0, page), 0),
 		"Complete": r.e.Complete(k),
 		"Sync":     r.e.Sync(k),
+		"Flush":    r.e.Flush(k, fscache.Extent{Len: page}),
 		"Mount":    r.e.Mount(context.Background(), m),
 	} {
 		if !errors.Is(err, fscache.ErrUnknown) {
@@ -168,6 +170,9 @@ func presentListsWhatWasWritten(t *testing.T, h Harness) {
 	have, err := r.e.Present(a.Key)
 	if err != nil || !slices.Equal(have, want) {
 		t.Errorf("Present: %v, %v, want %v", have, err, want)
+	}
+	if err := r.e.Flush(a.Key, fscache.Extent{Off: 16 * page, Len: 32 * page}); err != nil {
+		t.Errorf("Flush: %v", err)
 	}
 	if err := r.e.Sync(a.Key); err != nil {
 		t.Errorf("Sync: %v", err)

@@ -272,6 +272,15 @@ func (e *Engine) Sync(k fscache.Key) error {
 	return o.sync()
 }
 
+// Flush implements fscache.Engine.
+func (e *Engine) Flush(k fscache.Key, x fscache.Extent) error {
+	o, err := e.object(k)
+	if err != nil {
+		return err
+	}
+	return o.flush(x)
+}
+
 // Freeze implements fscache.Engine. An event that a Next has read when Freeze comes is still returned by it. It waits until what nobody could
 // identify after a takeover is swept: nobody who takes over from a running process does that.
 func (e *Engine) Freeze() error {

@@ -342,6 +342,16 @@ func (o *object) sync() error {
 	return nil
 }
 
+// flush starts the writeback of what is dirty of an extent, and neither waits for it nor takes note of its errors (sync_file_range(2)), so
+// that fdatasync still finds them.
+func (o *object) flush(e fscache.Extent) error {
+	if err := o.check(e.Off, e.Len, false); err != nil || e.Len == 0 {
+		return err
+	}
+	err := control(o.file(), func(fd int) error { return unix.SyncFileRange(fd, e.Off, e.Len, unix.SYNC_FILE_RANGE_WRITE) })
+	return o.ioError("starting the writeback of", e.Off, err)
+}
+
 func syncDir(path string) error {
 	d, err := os.Open(path)
 	if err != nil {

@@ -307,6 +307,11 @@ func (e *Engine) Sync(k fscache.Key) error {
 	return e.with(k, func(*file) error { return nil })
 }
 
+// Flush implements fscache.Engine.
+func (e *Engine) Flush(k fscache.Key, _ fscache.Extent) error {
+	return e.with(k, func(*file) error { return nil })
+}
+
 // AsksForBootstrap implements fscache.Engine.
 func (e *Engine) AsksForBootstrap() bool { return e.k.device != nil }
 

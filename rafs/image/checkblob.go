@@ -92,8 +92,8 @@ func (s *scan) feed(ctx context.Context, in *counted, g *errgroup.Group) error {
 		c := s.blob.Table.At(row)
 		buf := <-s.buffers
 		need := int(c.Stored) + int(c.Size)
-		if cap(buf) < need {
-			buf = make([]byte, need)
+		if cap(buf) < need+blob.Slack {
+			buf = make([]byte, need+blob.Slack)
 		}
 		buf = buf[:need]
 		stored := buf[:c.Stored]

@@ -1,8 +1,6 @@
 package main
 
 import (
-	"archive/tar"
-	"bytes"
 	"context"
 	"fmt"
 	"io/fs"
@@ -16,11 +14,6 @@ import (
 	"holdfast/tests/host"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
-	"github.com/google/go-containerregistry/pkg/v1/empty"
-	"github.com/google/go-containerregistry/pkg/v1/layout"
-	"github.com/google/go-containerregistry/pkg/v1/mutate"
-	"github.com/google/go-containerregistry/pkg/v1/static"
-	"github.com/google/go-containerregistry/pkg/v1/types"
 )
 
 const (
@@ -65,38 +58,19 @@ func residentMemory(ctx context.Context, b *bench) ([]result, error) {
 
 func layeredImage(dir string) error {
 	r := rand.New(rand.NewPCG(3, 4))
-	img := mutate.ConfigMediaType(mutate.MediaType(empty.Image, types.OCIManifestSchema1), types.OCIConfigJSON)
-	img, err := mutate.ConfigFile(img, &v1.ConfigFile{Architecture: "amd64", OS: "linux"})
-	if err != nil {
-		return err
-	}
+	var layers []v1.Layer
 	for l := range memoryLayers {
-		var b bytes.Buffer
-		w := tar.NewWriter(&b)
-		for f := range layerFiles {
-			if err := w.WriteHeader(&tar.Header{Name: fmt.Sprintf("layer%d-%d", l, f), Mode: 0o644, Size: layerFileSize}); err != nil {
-				return err
-			}
-			data := make([]byte, layerFileSize)
-			for i := range data {
-				data[i] = byte(r.Uint32()) & 0x3f
-			}
-			if _, err := w.Write(data); err != nil {
-				return err
-			}
-		}
-		if err := w.Close(); err != nil {
+		layer, err := newLayer(fmt.Sprintf("layer%d", l), layerFiles, layerFileSize, letters(r, layerFileSize))
+		if err != nil {
 			return err
 		}
-		if img, err = mutate.AppendLayers(img, static.NewLayer(b.Bytes(), types.OCIUncompressedLayer)); err != nil {
-			return err
-		}
+		layers = append(layers, layer)
 	}
-	path, err := layout.Write(dir, empty.Index)
+	path, err := newLayout(dir)
 	if err != nil {
 		return err
 	}
-	return path.AppendImage(img, layout.WithAnnotations(map[string]string{"org.opencontainers.image.ref.name": "layers"}))
+	return writeImage(path, "layers", layers...)
 }
 
 // readInParallel reads all files with memoryReaders readers, each starting somewhere else.

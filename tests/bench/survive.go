@@ -1,8 +1,6 @@
 package main
 
 import (
-	"archive/tar"
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -27,11 +25,6 @@ import (
 	"holdfast/tests/registry"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
-	"github.com/google/go-containerregistry/pkg/v1/empty"
-	"github.com/google/go-containerregistry/pkg/v1/layout"
-	"github.com/google/go-containerregistry/pkg/v1/mutate"
-	"github.com/google/go-containerregistry/pkg/v1/static"
-	"github.com/google/go-containerregistry/pkg/v1/types"
 )
 
 // A fleet is a host with one image of many layers mounted in many domains, from an OCI layout or from a registry that can be made to hang.
@@ -164,35 +157,19 @@ func (f *fleet) file(n int) string {
 }
 
 func smallLayers(dir string) error {
-	img := mutate.ConfigMediaType(mutate.MediaType(empty.Image, types.OCIManifestSchema1), types.OCIConfigJSON)
-	img, err := mutate.ConfigFile(img, &v1.ConfigFile{Architecture: "amd64", OS: "linux"})
-	if err != nil {
-		return err
-	}
+	var layers []v1.Layer
 	for l := range fleetLayers {
-		var b bytes.Buffer
-		w := tar.NewWriter(&b)
-		for n := range fleetFiles {
-			name := fmt.Sprintf("layer%d-%d", l, n)
-			if err := w.WriteHeader(&tar.Header{Name: name, Mode: 0o644, Size: fleetSize}); err != nil {
-				return err
-			}
-			if _, err := w.Write([]byte(strings.Repeat(name+"\n", fleetSize)[:fleetSize])); err != nil {
-				return err
-			}
-		}
-		if err := w.Close(); err != nil {
+		layer, err := newLayer(fmt.Sprintf("layer%d", l), fleetFiles, fleetSize, repeated(fleetSize))
+		if err != nil {
 			return err
 		}
-		if img, err = mutate.AppendLayers(img, static.NewLayer(b.Bytes(), types.OCIUncompressedLayer)); err != nil {
-			return err
-		}
+		layers = append(layers, layer)
 	}
-	path, err := layout.Write(dir, empty.Index)
+	path, err := newLayout(dir)
 	if err != nil {
 		return err
 	}
-	return path.AppendImage(img, layout.WithAnnotations(map[string]string{"org.opencontainers.image.ref.name": "layers"}))
+	return writeImage(path, "layers", layers...)
 }
 
 // An arrival is a read that came back.

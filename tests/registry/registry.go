@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"sync/atomic"
 	"time"
 
 	"github.com/distribution/distribution/v3/configuration"
@@ -21,6 +22,8 @@ type Registry struct {
 	srv *http.Server
 	ln  net.Listener
 	end chan struct{}
+
+	served atomic.Int64
 }
 
 // Start serves a registry that keeps its blobs in the directory dir, on a port of the kernel's choice.
@@ -43,17 +46,17 @@ func StartAt(dir, addr string) (*Registry, error) {
 	if err != nil {
 		return nil, fmt.Errorf("start registry: %w", err)
 	}
-	r := &Registry{
-		srv: &http.Server{Handler: handlers.NewApp(context.Background(), cfg), ReadHeaderTimeout: time.Minute},
-		ln:  ln,
-		end: make(chan struct{}),
-	}
+	r := &Registry{ln: ln, end: make(chan struct{})}
+	r.srv = &http.Server{Handler: counted(handlers.NewApp(context.Background(), cfg), &r.served), ReadHeaderTimeout: time.Minute}
 	go func() { defer close(r.end); r.srv.Serve(ln) }() // ends when Close closes the server; Close waits
 	return r, nil
 }
 
 // Addr is the server's "host:port".
 func (r *Registry) Addr() string { return r.ln.Addr().String() }
+
+// Served is how many bytes of manifests, blobs and errors the server has sent.
+func (r *Registry) Served() int64 { return r.served.Load() }
 
 // Close stops the server.
 func (r *Registry) Close() error {
