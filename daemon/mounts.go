@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"go.uber.org/zap"
+	"golang.org/x/sync/errgroup"
 
 	"holdfast/fscache"
 	"holdfast/rafs/image"
@@ -285,20 +286,33 @@ func blobsOf(i *image.Image) []state.Blob {
 	return list
 }
 
+// holders is how many objects of a mount are made ready at once: each waits for the disk, and for the supervisor.
+const holders = 8
+
 // holdAll makes the objects of m ready.
 func (d *Daemon) holdAll(ctx context.Context, m *mount, boot *bootstrap) (err error) {
 	if d.engine.AsksForBootstrap() {
 		m.bootstrap, err = d.hold(ctx, fscache.Key{Domain: m.record.Domain, ID: m.record.ID}, boot.table, boot.source, &m.gate)
 	}
-	for _, b := range m.image.Blobs {
-		if err != nil {
+	if err != nil {
+		return err
+	}
+	holds := make([]*hold, len(m.image.Blobs))
+	var g errgroup.Group
+	g.SetLimit(holders)
+	for n, b := range m.image.Blobs {
+		g.Go(func() (err error) {
+			holds[n], err = d.hold(ctx, fscache.Key{Domain: m.record.Domain, ID: b.Info.ID}, b.Table, d.source(m, b.Source), &m.gate)
 			return err
+		})
+	}
+	err = g.Wait()
+	for n, h := range holds {
+		if h == nil {
+			continue // which is an error's
 		}
-		var h *hold
-		if h, err = d.hold(ctx, fscache.Key{Domain: m.record.Domain, ID: b.Info.ID}, b.Table, d.source(m, b.Source), &m.gate); err == nil {
-			b.Table = h.o.table // which says the same
-			m.blobs = append(m.blobs, h)
-		}
+		m.image.Blobs[n].Table = h.o.table // which says the same
+		m.blobs = append(m.blobs, h)
 	}
 	return err
 }

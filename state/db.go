@@ -124,9 +124,9 @@ func (d *DB) Mounts() ([]Mount, error) { return list[Mount](d.store, bucketMount
 // Images returns the images on record, by digest.
 func (d *DB) Images() ([]Image, error) { return list[Image](d.store, bucketImages) }
 
-// RecordObject records that an object's presence was settled.
+// RecordObject records that an object's presence was settled. Those of one mount come together, and share a transaction then.
 func (d *DB) RecordObject(o Object) error {
-	err := d.update("record object "+o.ID, func(tx *bbolt.Tx) error {
+	err := d.together("record object "+o.ID, func(tx *bbolt.Tx) error {
 		defer crash.Point("state.settle-object.before-commit")
 		return put(tx, bucketObjects, objectKey(o.Domain, o.ID), o)
 	})

@@ -8,6 +8,7 @@ import (
 	"os"
 	"runtime/debug"
 	"strings"
+	"sync"
 	"time"
 
 	"go.etcd.io/bbolt"
@@ -77,6 +78,16 @@ type store struct {
 	db     *bbolt.DB
 	path   string
 	layout layout
+
+	mu   sync.Mutex
+	next *group // guarded by mu: the transaction that waits for its turn, which more can still join
+}
+
+// A group is a transaction that several callers share.
+type group struct {
+	parts []func(*bbolt.Tx) error
+	done  chan struct{} // closed when it was committed, or was not
+	err   error
 }
 
 // Close closes the file. Idempotent.
@@ -373,6 +384,44 @@ func (s *store) update(what string, f func(*bbolt.Tx) error) error {
 		return fmt.Errorf("state: %s: %w", what, err)
 	}
 	return nil
+}
+
+// together is update in one transaction with all who call it while another is being committed: the disk is waited for once, not once for
+// each. When it fails it fails for all.
+func (s *store) together(what string, f func(*bbolt.Tx) error) error {
+	s.mu.Lock()
+	g, first := s.next, s.next == nil
+	if first {
+		g = &group{done: make(chan struct{})}
+		s.next = g
+	}
+	g.parts = append(g.parts, f)
+	s.mu.Unlock()
+	if !first {
+		<-g.done
+		return g.err
+	}
+	g.err = s.update(what, func(tx *bbolt.Tx) error {
+		for _, part := range s.begin(g) {
+			if err := part(tx); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	s.begin(g) // where no transaction could be begun
+	close(g.done)
+	return g.err
+}
+
+// begin lets nobody join g any more.
+func (s *store) begin(g *group) []func(*bbolt.Tx) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.next == g {
+		s.next = nil
+	}
+	return g.parts
 }
 
 func put(tx *bbolt.Tx, bucket []byte, key string, v any) error {
