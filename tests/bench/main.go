@@ -42,6 +42,7 @@ var measurements = []struct {
 	{"memory", residentMemory},
 	{"hundreds", hundredsOfImages},
 	{"second", secondImage},
+	{"cull", culling},
 	{"recovery", recovery(1000, 150)},
 	{"recovery10k", recovery(10000, 1000)},
 	{"upgrade", upgrading},
