@@ -228,6 +228,8 @@ func (d *Daemon) gcObjects(ctx context.Context, dryRun bool, want func(state.Obj
 		case !going[keyOf(x.object)]:
 			x.Remove, x.Why = false, "something came to refer to it meanwhile"
 			continue
+		case len(gone) > 0:
+			_ = sleep(ctx, cullPause) // what is left when ctx ends fails by itself
 		}
 		if err := d.remove(ctx, keyOf(x.object)); err != nil {
 			x.fail(err)
