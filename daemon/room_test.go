@@ -172,6 +172,28 @@ func TestLeastRecentlyUsedIsCulledUntilTheRunMark(t *testing.T) {
 	})
 }
 
+// Deleting files keeps the disk busy that readers use too, whoever asked for it.
+func TestGCPausesBetweenObjects(t *testing.T) {
+	eachMode(t, func(t *testing.T, mode simkernel.Mode) {
+		r, _ := tightRig(t, mode, nil)
+		defer r.close()
+		blobs := []*testBlob{blobOf("a", 1), blobOf("b", 1), blobOf("c", 1)}
+		for _, b := range blobs {
+			r.leave(b, time.Now())
+		}
+		began := time.Now()
+		if _, err := r.d.gc(t.Context(), false); err != nil {
+			t.Fatal(err)
+		}
+		for _, b := range blobs {
+			r.wantCached(b, false, "no image refers to it")
+		}
+		if took := time.Since(began); took < time.Duration(len(blobs)-1)*cullPause {
+			t.Errorf("%d objects were removed in %v", len(blobs), took)
+		}
+	})
+}
+
 func TestWhatIsMountedIsNeverCulled(t *testing.T) {
 	eachMode(t, func(t *testing.T, mode simkernel.Mode) {
 		r, cull := tightRig(t, mode, nil)
