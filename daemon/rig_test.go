@@ -77,6 +77,7 @@ type engine struct {
 	complete map[fscache.Key]int                            // calls of Complete
 	synced   map[fscache.Key]int                            // calls of Sync before the first of Complete
 	dropped  int                                            // calls of Drop
+	flushed  int64                                          // bytes given to Flush
 	write    func(k fscache.Key, p []byte, off int64) error // what WriteAt fails with, instead
 	read     func() error                                   // what ReadAt fails with, instead
 	present  func(k fscache.Key)                            // called by Present; may be nil
@@ -120,6 +121,13 @@ func (e *engine) Remove(k fscache.Key) error {
 		return fmt.Errorf("object %s: %w", k, fscache.ErrBusy)
 	}
 	return e.Engine.Remove(k)
+}
+
+func (e *engine) Flush(k fscache.Key, x fscache.Extent) error {
+	e.mu.Lock()
+	e.flushed += x.Len
+	e.mu.Unlock()
+	return e.Engine.Flush(k, x)
 }
 
 // reads returns the answers to reads of an object so far and forgets them.
