@@ -427,7 +427,7 @@ func (d *Daemon) startPrefetch(m *mount) {
 		}
 		p := newPrefetch(d.filler, &m.gate, r.PrefetchBPS)
 		if m.hurried.Load() {
-			p.lanes, p.flush = hurriedLanes, true
+			p.lanes, p.step, p.flush = hurriedLanes, hurriedStep, true
 		}
 		return p.run(ctx, m.image.Plan(), objects)
 	})

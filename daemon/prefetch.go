@@ -20,8 +20,12 @@ import (
 // much that a reader that comes meanwhile waits for long behind it.
 const prefetchStep = 4 << 20
 
-// hurriedLanes is how many steps at a time are fetched of what somebody has asked for: one decodes while another waits for its source.
-const hurriedLanes = 4
+// What somebody has asked for is fetched in so many steps at a time, one of which decodes while another waits for its source, and in larger
+// ones: each costs the source a request, and on a fast link that takes longer than its bytes.
+const (
+	hurriedLanes = 3
+	hurriedStep  = 2 * prefetchStep
+)
 
 // prefetching is a mount's prefetch, which an upgrade pauses: a goroutine at a time wants it, others may be at their last fetch.
 type prefetching struct {
