@@ -95,7 +95,7 @@ func (s *site) command(ctx context.Context, args ...string) error {
 }
 
 // ticks is how many marks there are of nothing but the time, after markSynced.
-const ticks = 40
+const ticks = 20
 
 // What a mark says.
 const (

@@ -28,7 +28,7 @@ type source struct {
 
 // The two images: one that is read when the power is cut, and one that was prefetched.
 var (
-	readImage = load.Image{Name: "read", Layers: 2, Files: 8, Size: 192 << 10}
+	readImage = load.Image{Name: "read", Layers: 2, Files: 4, Size: 192 << 10}
 	keptImage = load.Image{Name: "kept", Layers: 2, Files: 4, Size: 128 << 10}
 )
 
