@@ -83,16 +83,45 @@ func imageSize(i *image.Image) (n int64) {
 // loaded stays on record and gets errors until that is mended and the daemon
 // restarted: dropping it would leave a mount that nobody knows of.
 func (d *Daemon) restore(ctx context.Context) error {
-	records, err := d.state.Mounts()
+	here, gone, err := d.sortMounts(ctx)
 	if err != nil {
 		return err
+	}
+	if d.opt.Bereft && d.opt.Session != nil {
+		if err := d.opt.Session.SetBereft(false); err != nil {
+			return err
+		}
+	}
+	// After what was abandoned, which must not be known to the engine by then. Readers wait until all are taken up: every processor loads some.
+	g, loading := errgroup.WithContext(ctx)
+	g.SetLimit(runtime.GOMAXPROCS(0))
+	for _, m := range here {
+		g.Go(func() error { return d.takeUp(loading, m) })
+	}
+	if err := g.Wait(); err != nil {
+		return err
+	}
+	// After what is here: what that uses too is not in use elsewhere for it.
+	for _, m := range gone {
+		if err := d.restoreGone(ctx, m); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// sortMounts says which of the mounts on record are seen here, by directory, and which are not. It is done with those that nobody can serve or needs
+// to, and those of another boot are for remount.
+func (d *Daemon) sortMounts(ctx context.Context) (here map[string]*mount, gone []*mount, err error) {
+	records, err := d.state.Mounts()
+	if err != nil {
+		return nil, nil, err
 	}
 	points, err := d.mountPoints()
 	if err != nil {
-		return err
+		return nil, nil, err
 	}
-	var gone []*mount
-	here := map[string]*mount{}
+	here = map[string]*mount{}
 	offline := map[string]time.Time{} // what is on a directory is such a mount, not one that was there before it
 	for _, r := range offlineMounts(records, d.boot, "") {
 		offline[r.Dir] = r.Created
@@ -124,30 +153,10 @@ func (d *Daemon) restore(ctx context.Context) error {
 			here[r.Dir] = m
 		}
 		if err != nil {
-			return err
+			return nil, nil, err
 		}
 	}
-	if d.opt.Bereft && d.opt.Session != nil {
-		if err := d.opt.Session.SetBereft(false); err != nil {
-			return err
-		}
-	}
-	// After what was abandoned, which must not be known to the engine by then. Readers wait until all are taken up: every processor loads some.
-	g, loading := errgroup.WithContext(ctx)
-	g.SetLimit(runtime.GOMAXPROCS(0))
-	for _, m := range here {
-		g.Go(func() error { return d.takeUp(loading, m) })
-	}
-	if err := g.Wait(); err != nil {
-		return err
-	}
-	// After what is here: what that uses too is not in use elsewhere for it.
-	for _, m := range gone {
-		if err := d.restoreGone(ctx, m); err != nil {
-			return err
-		}
-	}
-	return nil
+	return here, gone, nil
 }
 
 // takeUp serves a mount on record that is there.

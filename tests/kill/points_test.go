@@ -195,6 +195,9 @@ func runAll(t *testing.T, o options, cases []crashCase, must int, limit time.Dur
 		}
 		killed += kills
 		done[c.String()] = kills == len(c.plan)
+		if full() && ran%100 == 0 { // it takes hours
+			t.Logf("%d of %d cases, %d kills so far, in %v", ran, len(cases), killed, time.Since(start).Round(time.Second))
+		}
 	}
 	took := time.Since(start)
 	t.Logf("seed %d: %d of %d cases, %d kills in %v: %.0f kills a minute, %v a case", seed, ran, len(cases), killed, took.Round(time.Second),

@@ -123,6 +123,9 @@ func TestKillAtSystemCalls(t *testing.T) {
 			}
 		}
 		killed += n
+		if full() && ran%100 == 0 {
+			t.Logf("%d of %d cases, %d kills so far, in %v", ran, len(cases), killed, time.Since(start).Round(time.Second))
+		}
 		if n == 0 && err == nil {
 			missed = append(missed, fmt.Sprint(kills))
 		}
