@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -309,9 +310,11 @@ func TestMountWithoutItsLifelineIsGivenUpWhereverTheDaemonDies(t *testing.T) {
 
 func TestLingeringImageGoesWhenItsLastUserHas(t *testing.T) {
 	eachHost(t, func(h *simHost, im simImage, dir string) {
+		var used atomic.Bool
+		used.Store(true)
+		h.busy = func(k fscache.Key) bool { return used.Load() && k.ID == im.ids[0] }
 		h.boot(0)
 		h.mount(im, dir)
-		h.busy = func(k fscache.Key) bool { return k.ID == im.ids[0] }
 		d := h.running().d
 		if err := d.unmount(context.Background(), dir); err != nil {
 			h.fail("%v", err)
@@ -320,7 +323,7 @@ func TestLingeringImageGoesWhenItsLastUserHas(t *testing.T) {
 		if n := len(d.mounts.every()); n != 1 {
 			h.fail("%d mounts are known while the image is used, want it", n)
 		}
-		h.busy = nil
+		used.Store(false)
 		time.Sleep(2 * sweepEvery)
 		if all := d.mounts.every(); len(all) != 0 {
 			h.fail("nobody uses it, nobody mounts or unmounts, and there is %+v", all)
