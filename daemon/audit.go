@@ -11,7 +11,7 @@ import (
 	"go.uber.org/zap"
 
 	"holdfast/fscache"
-	"holdfast/rafs/image"
+	"holdfast/state"
 )
 
 // A CacheReport says what was found of what is cached.
@@ -77,63 +77,51 @@ func (d *Daemon) toCheck(ctx context.Context, name string) (list []*object, done
 	if err != nil {
 		return nil, nil, err
 	}
-	m := &mount{} // of nothing: it holds what is to be checked
-	done = func() error {
+	var held []*mount
+	done = func() (err error) {
 		defer changed()
-		err := d.letGoHolds(m, m.blobs)
-		if len(m.kept) > 0 { // somebody else reads the cache file
-			d.mounts.linger(m)
-			return err
-		}
-		if m.image != nil {
-			err = errors.Join(err, m.image.Close())
+		for _, m := range held {
+			err = errors.Join(err, d.part(m, d.letGo(m)))
 		}
 		return err
 	}
-	if err := d.holdImage(ctx, m, name); err != nil {
+	if held, err = d.holdImage(ctx, name); err != nil {
 		return nil, nil, errors.Join(err, done())
 	}
-	for _, h := range m.blobs {
-		list = append(list, h.o)
+	for _, m := range held {
+		for _, h := range m.blobs {
+			list = append(list, h.o)
+		}
 	}
 	return list, done, nil
 }
 
-// holdImage holds the objects of an image on record in all of its domains, as a mount of it would.
-func (d *Daemon) holdImage(ctx context.Context, m *mount, name string) error {
+// holdImage holds the objects of an image on record in all of its domains, as mounts of it that are nowhere would. What it returns is held after
+// an error too.
+func (d *Daemon) holdImage(ctx context.Context, name string) (held []*mount, err error) {
 	g, err := d.state.Graph()
 	if err != nil {
-		return err
+		return nil, err
 	}
 	images, err := resolve(g, []string{name})
 	if err != nil {
-		return err
+		return nil, err
 	}
-	dir, err := d.imageDir(images[0].Digest)
+	i := images[0]
+	l, err := d.loaded(i.Digest)
 	if err != nil {
-		return err
+		return nil, unusable(err)
 	}
-	saved, err := image.Load(dir, d.opt.Image)
-	if err != nil {
-		return unusable(err)
-	}
-	m.image, err = saved.At(images[0].Ref, d.opt.Image)
-	if err := errors.Join(err, saved.Close()); err != nil {
-		return err
-	}
-	m.record.Ref = m.image.Ref
-	for _, domain := range images[0].Domains {
-		of := m.record
-		of.Domain = domain
-		for _, b := range m.image.Blobs {
-			h, err := d.hold(ctx, fscache.Key{Domain: domain, ID: b.Info.ID}, b.Table, d.source(&mount{record: of}, b.Source), &m.gate)
-			if err != nil {
-				return err
-			}
-			m.blobs = append(m.blobs, h)
+	for _, domain := range i.Domains {
+		m := &mount{record: state.Mount{
+			ID: newMountID(), Ref: i.Ref, Image: i.Digest, Domain: domain, Bootstrap: l.boot.sum, Boot: d.boot, Created: time.Now().UTC(),
+		}}
+		if _, err := d.load(ctx, m); err != nil {
+			return held, err
 		}
+		held = append(held, m)
 	}
-	return nil
+	return held, nil
 }
 
 // checkObject compares the chunks of an object that are present. What is on its way meanwhile is verified by who brings it.

@@ -68,7 +68,7 @@ func CompareMounts(s state.StateExport, boot string, points map[string]string) (
 				"see holdfast status for the reason; holdfast umount takes it off the record"})
 		case !there:
 			list = append(list, Finding{"mount", m.Dir, "is on record and not mounted here",
-				"none needed if another mount namespace uses it; else it goes with the next mount or umount"})
+				"none needed if another mount namespace uses it; else it goes within seconds, with the next mount or umount, or when the daemon is restarted"})
 		}
 	}
 	return list

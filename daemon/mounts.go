@@ -187,6 +187,9 @@ func errUpgrading() error {
 	return conflict("try again in a moment", "the daemon is being upgraded, or is ending: nothing is mounted or unmounted meanwhile")
 }
 
+// newMountID names a mount as no other is.
+func newMountID() string { return "m" + strings.ToLower(rand.Text()[:15]) }
+
 // mount mounts an image. After an error nothing is left of the attempt but what was downloaded of the image's metadata.
 func (d *Daemon) mount(ctx context.Context, r MountRequest) (_ *mount, err error) {
 	done, err := d.change()
@@ -195,7 +198,7 @@ func (d *Daemon) mount(ctx context.Context, r MountRequest) (_ *mount, err error
 	}
 	defer done()
 	m := &mount{record: state.Mount{
-		ID: "m" + strings.ToLower(rand.Text()[:15]), Ref: r.Image, Dir: r.Dir, Domain: r.Domain,
+		ID: newMountID(), Ref: r.Image, Dir: r.Dir, Domain: r.Domain,
 		Prefetch: d.opt.Prefetch, PrefetchBPS: d.opt.PrefetchBPS, Boot: d.boot, Created: time.Now().UTC(),
 	}}
 	if r.Prefetch != nil {
@@ -294,11 +297,13 @@ func (d *Daemon) part(m *mount, err error) error {
 		d.discardBootstrap(m)
 		return err
 	}
+	if m.record.Stage != state.StageLinger { // else it is known, and looked at again every few seconds
+		d.log.Info("an unmounted image is still used, in another mount namespace perhaps; it is served on",
+			zap.String("image", m.record.Ref), zap.String("dir", m.record.Dir), zap.Stringer("object", m.kept[0].o.key))
+	}
 	if e := d.stage(m, state.StageLinger); e != nil {
 		d.log.Error("record that an unmounted image is still used", zap.String("image", m.record.Ref), zap.Error(e))
 	}
-	d.log.Info("an unmounted image is still used, in another mount namespace perhaps; it is served on",
-		zap.String("image", m.record.Ref), zap.String("dir", m.record.Dir), zap.Stringer("object", m.kept[0].o.key))
 	d.mounts.linger(m)
 	d.sweepLater()
 	return err

@@ -3,7 +3,6 @@ package daemon
 import (
 	"cmp"
 	"context"
-	"crypto/rand"
 	"errors"
 	"fmt"
 	"maps"
@@ -87,7 +86,7 @@ func mountOffline(ctx context.Context, r OfflineRequest) (m OfflineMount, err er
 		return m, err
 	}
 	record := state.Mount{
-		ID: "m" + strings.ToLower(rand.Text()[:15]), Image: on.image.Digest, Ref: on.image.Ref, Dir: r.Dir, Domain: r.Domain,
+		ID: newMountID(), Image: on.image.Digest, Ref: on.image.Ref, Dir: r.Dir, Domain: r.Domain,
 		Bootstrap: strings.TrimPrefix(img.Sum, "sha256:"), Boot: on.boot, Created: time.Now().UTC(), Stage: state.StageOffline,
 	}
 	if err := withState(r.Root, r.Release, func(db *state.DB) error { return db.RecordOffline(record) }); err != nil {

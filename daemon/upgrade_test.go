@@ -323,10 +323,45 @@ func TestLingeringImageGoesWhenItsLastUserHas(t *testing.T) {
 		if n := len(d.mounts.every()); n != 1 {
 			h.fail("%d mounts are known while the image is used, want it", n)
 		}
+		if n := strings.Count(h.notes(), "is still used"); n != 1 {
+			h.fail("it was logged %d times that it lingers, want once", n)
+		}
 		used.Store(false)
 		time.Sleep(2 * sweepEvery)
 		if all := d.mounts.every(); len(all) != 0 {
 			h.fail("nobody uses it, nobody mounts or unmounts, and there is %+v", all)
+		}
+		h.agree()
+	})
+}
+
+// What holds its files open may be a mount without a daemon.
+func TestCheckedImageThatIsUsedElsewhereIsInNobodysWay(t *testing.T) {
+	eachHost(t, func(h *simHost, im simImage, dir string) {
+		var used atomic.Bool
+		h.busy = func(k fscache.Key) bool { return used.Load() && k.ID == im.ids[0] }
+		h.boot(0)
+		h.mount(im, dir)
+		d := h.running().d
+		if err := d.unmount(context.Background(), dir); err != nil {
+			h.fail("%v", err)
+		}
+		used.Store(true)
+		if r, err := d.checkCache(context.Background(), im.ref, false); err != nil || len(r.Objects) != len(im.ids) {
+			h.fail("%+v, %v", r, err)
+		}
+		list, err := d.state.Mounts()
+		if err != nil || len(list) != 1 || list[0].Image != im.digest || list[0].Stage != state.StageLinger {
+			h.fail("on record: %+v, %v; want the image, lingering", list, err)
+		}
+		ended := h.upgrade()
+		if err := ended(); err != nil {
+			h.fail("%v", err)
+		}
+		used.Store(false)
+		time.Sleep(2 * sweepEvery)
+		if all := h.running().d.mounts.every(); len(all) != 0 {
+			h.fail("nobody uses it, and there is %+v", all)
 		}
 		h.agree()
 	})

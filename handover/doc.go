@@ -33,7 +33,7 @@
 // Invariants kept here:
 //   - I2: what a predecessor had in flight is the successor's to answer only when the predecessor has said that it answers no more, or is
 //     dead;
-//   - I4: [Keep] does not end while it holds a descriptor, whoever asks; [Store.Push] returns only when the supervisor
+//   - I4: [Keep] does not end while it holds a descriptor that is no socket, whoever asks; [Store.Push] returns only when the supervisor
 //     has answered a barrier behind the descriptor, and never sends what the supervisor has no room for; OpenStore refuses a supervisor
 //     that does not say it has a store, or that would drop what this process sends; [Store.Verify] asks systemd whether it has what it
 //     was sent;
