@@ -78,8 +78,8 @@ func Keep(o KeepOptions) (exitCode int, err error) {
 		return 0, err
 	}
 	signals, children := make(chan os.Signal, 8), make(chan os.Signal, 1)
+	// Taken over for good: given back while Keep returns, a signal that comes late would end the process, and with its own name.
 	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
-	defer signal.Stop(signals)
 	signal.Notify(children, syscall.SIGCHLD) // one is enough to say that there are any
 	defer signal.Stop(children)
 	return k.run(signals, children)

@@ -220,6 +220,33 @@ func TestSignalThatStopsTheCommandIsNoFailure(t *testing.T) {
 	}
 }
 
+// Whoever has just asked the keeper to end, or wants the command started again, does not know how far it is.
+func TestSignalsThatComeWhileTheKeeperEndsDoNotChangeItsCode(t *testing.T) {
+	gate := filepath.Join(t.TempDir(), "gate")
+	if err := unix.Mkfifo(gate, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	k := startKeeper(t, "sh", "-c", `trap "" HUP; read line <"$0"; exit 0`, gate)
+	open, err := os.OpenFile(gate, os.O_WRONLY, 0) // when the command reads
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := open.Close(); err != nil {
+		t.Fatal(err)
+	}
+	for {
+		select {
+		case code := <-k.exited:
+			if code != 0 {
+				t.Fatalf("the keeper ended with code %d", code)
+			}
+			return
+		default:
+			_ = k.cmd.Process.Signal(syscall.SIGHUP) // fails when it has ended
+		}
+	}
+}
+
 func TestExitCodeAfterReadyEndsTheKeeperOnlyIfItIsZero(t *testing.T) {
 	k := startKeeper(t)
 	d := k.next()

@@ -46,20 +46,25 @@ func NewDecoder() (*Decoder, error) {
 	return &Decoder{zstd: z}, nil
 }
 
-// Slack is how many bytes of capacity beyond a chunk make it faster to decode, by a quarter for small ones: with so much room zstd copies
-// without looking where the end is.
+// Slack is how many bytes of capacity beyond a destination's length make a chunk faster to decode, by a quarter for small ones: with so
+// much room zstd copies without looking where the end is.
 const Slack = 16
 
-// Decode decodes stored, all c.Stored bytes of the chunk as the blob has them, into dst[:c.Size] and checks the digest. It may leave
-// anything in Slack bytes behind that, as far as dst's capacity goes, and writes nothing beyond them; after an error all of it means
-// nothing. For [rafs.CodecNone] dst may be stored itself, which spares the copy. A zero row needs no stored bytes.
+// Decode decodes stored, all c.Stored bytes of the chunk as the blob has them, into dst[:c.Size] and checks the digest. It leaves the
+// rest of dst alone; where dst ends with the chunk it may leave anything in the Slack bytes behind, as far as dst's capacity goes. After
+// an error all of that means nothing. For [rafs.CodecNone] dst may be stored itself, which spares the copy. A zero row needs no stored
+// bytes.
 //
 // Errors wrap [ErrDigest] or [ErrDecode] and name the chunk's place in the object and in the blob.
 func (d *Decoder) Decode(c rafs.Chunk, algo rafs.DigestAlgo, stored, dst []byte) error {
 	if uint64(len(stored)) != uint64(c.Stored) || uint64(len(dst)) < uint64(c.Size) {
 		return chunkError(c, fmt.Errorf("%d bytes stored and room for %d are given, want %d and %d: %w", len(stored), len(dst), c.Stored, c.Size, ErrDecode))
 	}
-	dst = dst[:c.Size:min(cap(dst), int(c.Size)+Slack)]
+	room := int(c.Size)
+	if len(dst) == room {
+		room = min(cap(dst), room+Slack)
+	}
+	dst = dst[:c.Size:room]
 	if c.Zero() {
 		clear(dst)
 		return nil

@@ -189,15 +189,16 @@ func fuzzDecode(f *testing.F, codec rafs.Codec) {
 	}
 	f.Fuzz(func(t *testing.T, stored []byte, size uint32) {
 		size %= 256 << 10
-		dst := bytes.Repeat([]byte{0xa5}, int(size)+64)
 		c := rafs.Chunk{Size: size, Stored: uint32(len(stored)), Codec: codec}
-		if err := d.Decode(c, rafs.Blake3, stored, dst); err == nil && size > 0 && len(stored) > 0 {
-			t.Fatal("no content has the digest zero")
-		}
-		for _, b := range dst[size+Slack:] {
-			if b != 0xa5 {
-				t.Fatal("Decode wrote beyond the chunk and its slack")
+		all := bytes.Repeat([]byte{0xa5}, int(size)+64)
+		for slack, dst := range map[uint32][]byte{Slack: all[:size], 0: all} {
+			if err := d.Decode(c, rafs.Blake3, stored, dst); err == nil && size > 0 && len(stored) > 0 {
+				t.Fatal("no content has the digest zero")
 			}
+			if rest := all[size+slack:]; bytes.Count(rest, []byte{0xa5}) != len(rest) {
+				t.Fatalf("Decode wrote more than %d bytes beyond the chunk", slack)
+			}
+			copy(all, bytes.Repeat([]byte{0xa5}, len(all)))
 		}
 	})
 }
