@@ -44,11 +44,11 @@ func (d *Daemon) keepRoom(ctx context.Context) {
 // fruitless is makeRoom's result when there was something to do and nothing to cull.
 const fruitless = -1
 
-// makeRoom culls what is to be culled now, and returns how many objects that were.
+// makeRoom culls what is to be culled now, and returns how many objects, and steps of mounted ones, that were.
 //
 // Who is to go: what is on record as being removed; the objects of domains that are over their quota, until they are not; and when there
 // is little room, those of all domains, until there is enough. What no image refers to goes first, then what was used least recently, and what
-// is mounted never.
+// is mounted never, but for parts that nobody has read, last of all and with Options.CullMounted.
 func (d *Daemon) makeRoom(ctx context.Context) (culled int) {
 	refused := d.room.refused.Swap(false)
 	space, err := d.room.engine.Space()
@@ -80,10 +80,14 @@ func (d *Daemon) makeRoom(ctx context.Context) (culled int) {
 		}
 	}
 	cull(func(c candidate) bool { return c.Removing }, func() bool { return false })
-	over := d.cullQuotas(list, cull)
+	cullAll := func(want func(candidate) bool, enough func() bool) {
+		cull(want, enough)
+		d.cullParts(ctx, list, want, enough, &culled)
+	}
+	over := d.cullQuotas(list, cullAll)
 	if short {
 		first := refused && culled == 0
-		cull(func(c candidate) bool { return c.bytes > 0 }, func() bool {
+		cullAll(func(c candidate) bool { return c.bytes > 0 }, func() bool {
 			s, err := d.room.engine.Space()
 			if first && culled == 0 {
 				return false

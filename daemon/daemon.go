@@ -98,7 +98,7 @@ func newDaemon(o Options) (*Daemon, error) {
 		filler: &filler{
 			engine: o.Engine, decoder: decoder, log: o.Log, index: newIndex(),
 			ahead: uint64(o.ReadAhead), deadline: o.ReadDeadline, began: time.Now(),
-			room: newRoom(o.Engine, o.Limits, o.DomainQuota, o.Log), spaceDeadline: o.SpaceDeadline,
+			room: newRoom(o.Engine, o.Limits, o.DomainQuota, o.Log), spaceDeadline: o.SpaceDeadline, cullsParts: o.CullMounted,
 		},
 		mountPoints: mountPoints, source: func(_ *mount, s source.Source) source.Source { return s },
 		objects: newObjects(), sources: &sourceTable{byName: map[string]*sourceStats{}}, mounts: newMounts(),

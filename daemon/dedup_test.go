@@ -119,11 +119,6 @@ func TestAChunkThatIsOnlyOnItsWayIsFetched(t *testing.T) {
 
 func TestWhatTheCacheHasLostIsFetched(t *testing.T) {
 	for name, lose := range map[string]func(r *rig, a *testBlob){
-		"culled": func(r *rig, a *testBlob) {
-			if err := r.e.Drop(a.key, fscache.Extent{Len: int64(len(a.want))}); err != nil {
-				r.t.Fatal(err)
-			}
-		},
 		"cannot be read": func(r *rig, a *testBlob) { r.e.read = func() error { return errors.New("input/output error") } },
 		"holds something else": func(r *rig, a *testBlob) {
 			if err := r.e.WriteAt(a.key, fscache.AlignedBuffer(len(a.want)), 0); err != nil {

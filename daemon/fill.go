@@ -24,6 +24,7 @@ type filler struct {
 
 	room          *room
 	spaceDeadline time.Duration // how long a reader is made to wait for room
+	cullsParts    bool          // parts of mounted objects are culled too
 
 	index      *index
 	count      counters
@@ -41,7 +42,7 @@ type reader struct {
 // fill makes want present and calls r.ready as soon as it is; the read-ahead behind it goes on before fill returns. When
 // it returns an error ready was not called. ctx ends with the daemon.
 func (f *filler) fill(ctx context.Context, o *object, want span, r reader) error {
-	if o.has(want) {
+	if o.give(want) {
 		r.ready()
 		return nil
 	}
@@ -58,7 +59,7 @@ func (f *filler) fill(ctx context.Context, o *object, want span, r reader) error
 		switch {
 		case answered: // an error concerns the read-ahead only, and was logged
 			return nil
-		case err == nil && o.has(want):
+		case err == nil && o.give(want):
 			r.ready()
 			return nil
 		case err == nil:

@@ -137,6 +137,9 @@ func (d *Daemon) prefetchInfo(mounts []*mount) PrefetchInfo {
 			kept, err := h.o.kept()
 			failed = append(failed, err)
 			p.Done = p.Done && kept
+			if !kept && m.prefetch.running.Load() == 0 && h.o.lostParts() {
+				failed = append(failed, errPartsCulled)
+			}
 			if kept {
 				if err := d.vouch(h.o); err != nil {
 					d.log.Warn("record that an object was synced: mount --offline will check it by digest", zap.Stringer("object", h.o.key), zap.Error(err))

@@ -38,6 +38,7 @@ type object struct {
 	mu       sync.Mutex
 	present  bitset
 	flying   bitset        // claimed by a fetch; disjoint from present
+	given    bitset        // readers may have been told that these are there, and may copy them from the cache at any time from then on
 	missing  int           // chunks not present
 	epoch    int           // counts reset calls: what was written before one says nothing about the file after it
 	changes  int           // counts what changed present
@@ -47,8 +48,11 @@ type object struct {
 	finding  chan struct{} // closed when it is known what the file holds that the kernel opened last; nil: it is
 	waiters  []*waiter
 	claims   []*claim // whose transfer is under way and nobody waits for
-	uses     []*use
-	backoff  backoff
+	lastRead time.Time
+
+	retracted bool // chunks that were there were made holes of
+	uses      []*use
+	backoff   backoff
 }
 
 // A use is one mounted image's claim on an object, and the source it brings.
@@ -72,7 +76,7 @@ func newObject(key fscache.Key, table *rafs.Table, print string, slots int) *obj
 	return &object{
 		key: key, table: table, print: print, slots: make(chan struct{}, slots),
 		asked:   make(chan struct{}),
-		present: newBitset(table.Len()), flying: newBitset(table.Len()), missing: table.Len(),
+		present: newBitset(table.Len()), flying: newBitset(table.Len()), given: newBitset(table.Len()), missing: table.Len(),
 	}
 }
 
@@ -92,6 +96,33 @@ func (o *object) has(s span) bool {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	return o.present.all(s)
+}
+
+// give reports whether all of s is present. If it is, a reader may be told so.
+func (o *object) give(s span) bool {
+	now := time.Now()
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.lastRead = now
+	if !o.present.all(s) {
+		return false
+	}
+	o.given.set(s)
+	return true
+}
+
+// gave notes that another process may have given s to readers.
+func (o *object) gave(s span) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.given.set(s)
+}
+
+// readLast is when a reader last wanted something of the object.
+func (o *object) readLast() time.Time {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.lastRead
 }
 
 // absent reports whether a chunk of s is neither present nor on its way.
@@ -181,8 +212,8 @@ func (o *object) window(want span, ahead uint64) int {
 	return want.last
 }
 
-// mark makes claimed chunks present and wakes who waited for them. It reports whether want is present now, and whether
-// this made the object complete (to one caller only). Chunks claimed before a reset stay absent.
+// mark makes claimed chunks present and wakes who waited for them. It reports whether want is present now, as give does, and
+// whether this made the object complete (to one caller only). Chunks claimed before a reset stay absent.
 func (o *object) mark(s span, epoch int, want span) (ready, complete bool) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -197,7 +228,10 @@ func (o *object) mark(s span, epoch int, want span) (ready, complete bool) {
 	if complete {
 		o.finished = true
 	}
-	return o.present.all(want), complete
+	if ready = o.present.all(want); ready {
+		o.given.set(want)
+	}
+	return ready, complete
 }
 
 // abandon gives up claimed chunks; those who waited for them are told why and try for themselves.

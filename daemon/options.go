@@ -62,6 +62,7 @@ type Options struct {
 
 	Limits        fscache.Limits   // how much room the cache leaves free; DefaultLimits if zero
 	DomainQuota   map[string]int64 // bytes that a domain's objects may take; AllDomains: of each that is not named
+	CullMounted   bool             // cull what nobody has read of mounted images too; then the kernel goes on asking about complete objects
 	SpaceDeadline time.Duration    // how long a reader is made to wait for room in the cache before it gets ENOSPC (EIO where there is no other error)
 
 	made func(*Daemon) // gets what was made of them before it is used: a test puts things of its own in place of the host's; may be nil
@@ -97,6 +98,8 @@ func (o *Options) complete() error {
 		return fmt.Errorf("daemon: scrub rate of %d bytes a second is negative", o.ScrubRate)
 	case o.SpaceDeadline < 0:
 		return fmt.Errorf("daemon: space deadline of %v is negative", o.SpaceDeadline)
+	case o.CullMounted && o.Engine.AsksForBootstrap():
+		return fmt.Errorf("daemon: nothing of a mounted image can be culled with the %s engine, whose kernel does not say what it reads of the cache: cull unmounted images only, or use the fanotify engine", o.Engine.Name())
 	case o.PrefetchBPS < 0:
 		return fmt.Errorf("daemon: prefetch limit of %d bytes a second is negative", o.PrefetchBPS)
 	}

@@ -33,6 +33,9 @@ func (d *Daemon) settle(ctx context.Context, o *object) error {
 		return fmt.Errorf("find what is cached of %s: %w", o.key, err)
 	}
 	whole := o.covered(extents)
+	for _, s := range whole { // of what cannot be read back now too
+		o.gave(s)
+	}
 	want := state.Object{Domain: o.key.Domain, ID: o.key.ID, Boot: d.boot, Table: o.print, Size: o.size()}
 	known, err := d.state.Object(o.key.Domain, o.key.ID)
 	if err != nil {
@@ -167,6 +170,7 @@ func (d *Daemon) find(o *object, whole []span) {
 // adopt marks chunks present that the cache file was found to hold.
 func (d *Daemon) adopt(o *object, epoch int, whole []span) {
 	for _, s := range whole {
+		o.gave(s)
 		if _, complete := o.mark(s, epoch, span{}); complete {
 			d.finish(o)
 		}

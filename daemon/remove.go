@@ -166,6 +166,7 @@ func (d *Daemon) deleteCached(ctx context.Context, k fscache.Key) error {
 		d.begun.Store(true)
 		return err
 	}
+	d.room.culled.Add(1)
 	d.room.made()
 	return nil
 }

@@ -77,6 +77,7 @@ type engine struct {
 	complete map[fscache.Key]int                            // calls of Complete
 	synced   map[fscache.Key]int                            // calls of Sync before the first of Complete
 	dropped  int                                            // calls of Drop
+	dropping func()                                         // called by Drop first; may be nil
 	flushed  int64                                          // bytes given to Flush
 	write    func(k fscache.Key, p []byte, off int64) error // what WriteAt fails with, instead
 	read     func() error                                   // what ReadAt fails with, instead
@@ -182,6 +183,9 @@ func (e *engine) Drop(k fscache.Key, x fscache.Extent) error {
 	e.mu.Lock()
 	e.dropped++
 	e.mu.Unlock()
+	if e.dropping != nil {
+		e.dropping()
+	}
 	return e.Engine.Drop(k, x)
 }
 

@@ -40,6 +40,7 @@ type room struct {
 	known    atomic.Pointer[fscache.Space] // what it said
 	admitted atomic.Int64                  // bytes let through since
 	culled   atomic.Int64                  // objects, since the daemon started
+	parts    atomic.Int64                  // bytes of mounted objects, likewise
 
 	mu      sync.Mutex
 	changed chan struct{} // closed and replaced when something was culled
@@ -121,7 +122,6 @@ func (r *room) kick() {
 
 // made tells everybody who waits for room that something was culled.
 func (r *room) made() {
-	r.culled.Add(1)
 	r.refused.Store(false)
 	r.asked.Store(-int64(lookEvery) - 1)
 	r.known.Store(nil)

@@ -79,8 +79,9 @@ type SpaceStatus struct {
 	Free       int64 `json:"free"`  // of them, for the cache
 	Inodes     int64 `json:"inodes"`
 	FreeInodes int64 `json:"free_inodes"`
-	Culled     int64 `json:"culled"`  // objects
-	Stopped    bool  `json:"stopped"` // there is so little that nothing new is written
+	Culled     int64 `json:"culled"`       // objects
+	Parts      int64 `json:"culled_parts"` // bytes, of mounted objects
+	Stopped    bool  `json:"stopped"`      // there is so little that nothing new is written
 }
 
 // A SourceStatus is what one source gave.
@@ -116,7 +117,7 @@ func (d *Daemon) status() Status {
 	if space, err := d.room.ask(); err == nil {
 		s.Space = SpaceStatus{
 			Total: space.Total, Free: space.Free, Inodes: space.Inodes, FreeInodes: space.FreeInodes,
-			Culled: d.room.culled.Load(), Stopped: d.room.limits.Stopped(space, 0),
+			Culled: d.room.culled.Load(), Parts: d.room.parts.Load(), Stopped: d.room.limits.Stopped(space, 0),
 		}
 	}
 	if n > 0 {

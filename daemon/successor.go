@@ -385,6 +385,11 @@ func (s *successor) forget(r objectRecord) {
 // Commit implements handover.Taker: the predecessor reads no more, and this process is about to.
 func (s *successor) Commit() error {
 	crash.Point("daemon.successor.before-commit")
+	for _, p := range s.pending { // the predecessor may answer them still
+		if o := s.d.objects.get(p.Object); o != nil && p.Op == fscache.OpRead {
+			o.gave(o.span(p.Off, p.Len))
+		}
+	}
 	opened := s.opened
 	s.opened = nil
 	return s.d.engine.Expect(s.pending, opened, s.closed)

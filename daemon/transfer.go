@@ -208,7 +208,7 @@ func (f *filler) finish(o *object) {
 	f.background.Go(func() {
 		defer o.completing.Done()
 		err := f.engine.Sync(o.key)
-		if err == nil {
+		if err == nil && !(f.cullsParts && o.retractable()) { // a hole may be made of it, which the kernel is to ask about
 			err = f.engine.Complete(o.key)
 		}
 		o.ended(epoch, err)

@@ -144,7 +144,7 @@ type Engine interface {
 	// listed too: across boots it proves nothing (I5).
 	Present(k Key) ([]Extent, error)
 	// Drop makes holes of an extent again, where the engine can read it back (else errors.ErrUnsupported).
-	// Only for bytes no reader was given.
+	// Only for bytes no reader was given, and not after Complete (ErrBusy): the kernel would not ask about the hole.
 	Drop(k Key, e Extent) error
 	// Complete says that every byte of the object was written: from here on the kernel need not ask (fanotify removes its
 	// mark). Calling it again changes nothing.

@@ -196,7 +196,7 @@ func serveOptions(c *cli.Context, log *zap.Logger) (o daemon.Options, err error)
 	o = daemon.Options{
 		Log: log, Release: release, ReadAhead: bytesOf(c, "read-ahead"), ReadDeadline: c.Duration("read-deadline"),
 		Streams: c.Int("streams"), StopTimeout: c.Duration("stop-timeout"), PrefetchBPS: bytesOf(c, "prefetch-rate"), ScrubRate: bytesOf(c, "scrub-rate"),
-		IdleExit: c.Duration("idle-exit"), SpaceDeadline: c.Duration("space-deadline"), DomainQuota: c.Generic("domain-quota").(*quota).bytes,
+		IdleExit: c.Duration("idle-exit"), CullMounted: c.Bool("cull-mounted"), SpaceDeadline: c.Duration("space-deadline"), DomainQuota: c.Generic("domain-quota").(*quota).bytes,
 	}
 	if o.Limits, err = limits(c); err != nil {
 		return o, err

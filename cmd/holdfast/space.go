@@ -20,6 +20,7 @@ func spaceFlags() []cli.Flag {
 	d := fscache.DefaultLimits
 	flags := []cli.Flag{
 		&cli.GenericFlag{Name: "domain-quota", Value: &quota{}, Usage: "let a domain's objects take so many bytes: `DOMAIN=BYTES`, or BYTES for each domain that is not named; more of them with commas, or repeated"},
+		&cli.BoolFlag{Name: "cull-mounted", Usage: "when unmounted images are not enough, cull what nobody has read yet of mounted ones too, and have the kernel ask about complete images for that; not with the cachefiles engine"},
 		&cli.DurationFlag{Name: "space-deadline", Value: daemon.DefaultSpaceDeadline, Usage: "`TIME` that readers wait for room in a full cache before they get an error"},
 	}
 	for _, m := range []struct {

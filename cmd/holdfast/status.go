@@ -88,7 +88,7 @@ func printStatus(t *tabwriter.Writer, s statusAnswer) {
 	if x := s.Scrub; x != nil {
 		fmt.Fprintf(t, "scrub\t%s compared, %d wrong chunks found, %d passes\n", human(x.Bytes), x.Bad, x.Passes)
 	}
-	fmt.Fprintf(t, "space\t%s of %s free, %d objects culled\n", human(s.Space.Free), human(s.Space.Total), s.Space.Culled)
+	fmt.Fprintf(t, "space\t%s of %s free, %d objects culled, and %s of mounted ones\n", human(s.Space.Free), human(s.Space.Total), s.Space.Culled, human(s.Space.Parts))
 	if s.Space.Stopped {
 		fmt.Fprintf(t, "\tfull: nothing new is written (see --bstop and --fstop); unmount images, or make room\n")
 	}

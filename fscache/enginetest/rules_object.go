@@ -223,6 +223,15 @@ func dropMakesAHole(t *testing.T, h Harness) {
 	done := r.read(dir, a.Key, 20*page, page)
 	r.fill(r.request())
 	r.get(done, a.Key, 20*page)
+	r.write(a.Key, 0, blobSize)
+	if err := r.e.Complete(a.Key); err != nil {
+		t.Fatalf("Complete: %v", err)
+	}
+	if err := r.e.Drop(a.Key, fscache.Extent{Off: 16 * page, Len: 16 * page}); !errors.Is(err, fscache.ErrBusy) {
+		t.Errorf("Drop of a complete object's bytes: %v, want ErrBusy", err)
+	}
+	done = r.read(r.mount("image2", a), a.Key, 20*page, page)
+	r.get(done, a.Key, 20*page)
 }
 
 func writtenDataOutlivesTheEngine(t *testing.T, h Harness) {

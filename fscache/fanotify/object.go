@@ -258,6 +258,11 @@ func (o *object) readAt(p []byte, off int64) error {
 }
 
 func (o *object) drop(e fscache.Extent) error {
+	o.changing.Lock()
+	defer o.changing.Unlock()
+	if o.complete {
+		return fmt.Errorf("cache file %s: the kernel does not ask about it any more, and would read a hole's zeros: %w", o.path, fscache.ErrBusy)
+	}
 	if err := o.check(e.Off, e.Len, true); err != nil || e.Len == 0 {
 		return err
 	}

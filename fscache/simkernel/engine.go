@@ -295,6 +295,9 @@ func (e *Engine) Drop(k fscache.Key, x fscache.Extent) error {
 		if err := f.check(x.Off, x.Len, true); err != nil {
 			return err
 		}
+		if !e.k.group.marks[k] {
+			return fmt.Errorf("object %s: a hole would be read as zeros: %w", k, fscache.ErrBusy)
+		}
 		for at := x.Off; at < x.Off+x.Len; at += page {
 			delete(f.pages, at)
 		}

@@ -57,6 +57,7 @@ var flows = []flow{
 	{name: "lost", run: lostFlow},
 	{name: "idle", serve: []string{"--idle-exit", "500ms"}, run: idleFlow},
 	{name: "check", run: checkFlow},
+	{name: "parts", engine: "fanotify", serve: []string{"--cull-mounted", "--domain-quota", "64KiB"}, run: partsFlow},
 	{name: "opening", engine: "cachefiles", skip: 1, plans: func(p string) (string, string) { return "cachefiles.open.after-hold:1," + p, "" }, run: mountsFlow},
 	{name: "unheld", engine: "cachefiles", skip: 1, plans: func(p string) (string, string) { return "cachefiles.open.before-hold:1," + p, "" }, run: mountsFlow},
 	{name: "full", engine: "cachefiles", daemon: []string{"env", "FDSTORE=8"}, run: fullFlow},
@@ -184,6 +185,34 @@ func removeFlow(r *rig, f *flight) error {
 			return errors.Join(err, last, fmt.Errorf("%+v", report))
 		}
 		return nil
+	})
+}
+
+// partsFlow has an image prefetched in a domain that is to be small, so that what nobody has read of it is culled, under its readers.
+func partsFlow(r *rig, f *flight) error {
+	n := 0
+	return repeat(r, f, func() error {
+		n++
+		dir, err := r.mount(fmt.Sprintf("small%d", n), true)
+		if err != nil {
+			return err
+		}
+		l := r.read(dir, 2, 20*time.Millisecond) // slow enough to leave something unread
+		err = r.until("parts of it are culled", func() bool {
+			s, err := r.status()
+			return err == nil && s.Space.Parts > 0 || r.kills() >= f.want && f.want > 0
+		})
+		if err != nil {
+			return err
+		}
+		if err := l.Stop(); err != nil {
+			return err
+		}
+		r.forget(l)
+		if err := r.compare(dir); err != nil {
+			return err
+		}
+		return r.umount(dir)
 	})
 }
 
