@@ -11,7 +11,7 @@ FUZZTIME ?= 60s
 VM := bin/hfvm -timeout 20m
 # What runs in it, as KERNEL:PACKAGE: the engine that needs its kernels, with and without `restore`; everything end to end on that engine; kills
 # of the daemon at random; power cut from its disk; and a daemon under a real systemd.
-VM_TESTS := 6.12:fscache/cachefiles 6.12:tests/e2e 6.12:tests/kill 6.12:tests/power 6.12:tests/systemd 6.1:fscache/cachefiles
+VM_TESTS := 6.12:fscache/cachefiles 6.12:tests/e2e 6.12:tests/kill 6.12:tests/power 6.12:tests/systemd 6.1:fscache/cachefiles 6.1:tests/e2e 6.1:tests/power
 # How many kills tests/kill does in the test machine, where everything takes ten times as long as natively.
 VM_KILLS ?= 20
 # How many times `make drill` kills the daemon on each engine, at random.
