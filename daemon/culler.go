@@ -19,6 +19,10 @@ const (
 	cullTick = 10 * time.Second
 	// cullPause follows each culled object: deleting a large file keeps the file system busy, and readers use it too.
 	cullPause = 20 * time.Millisecond
+	// While nobody waits for room the pause is so many times what the deletion took, and cullAtMost at most: then fewer reads than one in a
+	// hundred meet a deletion.
+	cullShare  = 100
+	cullAtMost = 2 * time.Second
 	// cullRest is how long the culler rests when it found nothing to cull, whoever asks.
 	cullRest = time.Second
 )
@@ -57,7 +61,8 @@ func (d *Daemon) makeRoom(ctx context.Context) (culled int) {
 		return 0
 	}
 	limits := d.room.limits
-	wanted := d.room.wanted.Swap(false) || space.Wanted
+	urgent := d.room.wanted.Swap(false) || refused
+	wanted := urgent || space.Wanted
 	short := refused || limits.Low(space) || wanted && !limits.Ample(space)
 	if !short && len(d.room.quotas.limit) == 0 && !d.begun.Load() {
 		return 0
@@ -73,16 +78,20 @@ func (d *Daemon) makeRoom(ctx context.Context) (culled int) {
 			if ctx.Err() != nil || enough() {
 				return
 			}
+			began := time.Now()
 			if c := &list[i]; !c.gone && !c.live && want(*c) && d.cullOne(ctx, c) {
 				culled++
-				_ = sleep(ctx, cullPause)
+				d.afterCull(ctx, time.Since(began), urgent)
 			}
 		}
 	}
 	cull(func(c candidate) bool { return c.Removing }, func() bool { return false })
 	cullAll := func(want func(candidate) bool, enough func() bool) {
 		cull(want, enough)
-		d.cullParts(ctx, list, want, enough, &culled)
+		d.cullParts(ctx, list, want, enough, func(took time.Duration) {
+			culled++
+			d.afterCull(ctx, took, urgent)
+		})
 	}
 	over := d.cullQuotas(list, cullAll)
 	if short {
@@ -100,6 +109,14 @@ func (d *Daemon) makeRoom(ctx context.Context) (culled int) {
 		return fruitless
 	}
 	return culled
+}
+
+// afterCull pauses after a deletion that took so long, for longer while nobody waits for room.
+func (d *Daemon) afterCull(ctx context.Context, took time.Duration, urgent bool) {
+	over := time.Now().Add(min(max(cullShare*took, cullPause), cullAtMost))
+	for sleep(ctx, cullPause) == nil && time.Now().Before(over) && !urgent {
+		urgent = d.room.wanted.Load() || d.room.refused.Load()
+	}
 }
 
 // reportRoom logs, once for each time, that there is little room and nothing left to cull.

@@ -295,6 +295,7 @@ func (d *Daemon) part(m *mount, err error) error {
 	if len(m.kept) == 0 {
 		err = errors.Join(err, m.image.Close(), d.state.ForgetMount(m.record.ID))
 		d.discardBootstrap(m)
+		d.room.kick() // what it used may be culled now
 		return err
 	}
 	if m.record.Stage != state.StageLinger { // else it is known, and looked at again every few seconds

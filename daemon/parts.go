@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"slices"
+	"time"
 
 	"go.uber.org/zap"
 
@@ -18,12 +19,12 @@ const cullStep = 64 << 20
 var errPartsCulled = errors.New("parts of it were culled again, for want of room: holdfast prefetch fetches them, and what it was asked for is not culled")
 
 // cullParts makes holes of chunks of mounted objects that no reader was ever told of, in objects that were read least recently first, until it is
-// enough, and counts the steps.
+// enough. After each step it calls culled with how long that took.
 //
 // A chunk that a reader was told of stays: between the answer and the reader's copy of the bytes nobody can tell that a hole must not be made,
 // and it would read zeros (I1). So does what another process put there, for nobody knows whom that one told, and what somebody asked for with
 // holdfast prefetch.
-func (d *Daemon) cullParts(ctx context.Context, list []candidate, want func(candidate) bool, enough func() bool, culled *int) {
+func (d *Daemon) cullParts(ctx context.Context, list []candidate, want func(candidate) bool, enough func() bool, culled func(took time.Duration)) {
 	if !d.cullsParts {
 		return
 	}
@@ -42,10 +43,13 @@ func (d *Daemon) cullParts(ctx context.Context, list []candidate, want func(cand
 	}
 	slices.SortStableFunc(parts, func(a, b part) int { return a.o.readLast().Compare(b.o.readLast()) })
 	for _, p := range parts {
-		for ctx.Err() == nil && !enough() && d.cullPart(p.o) {
-			*culled++
+		for ctx.Err() == nil && !enough() {
+			began := time.Now()
+			if !d.cullPart(p.o) {
+				break
+			}
 			p.bytes = d.usage(p.Object)
-			_ = sleep(ctx, cullPause)
+			culled(time.Since(began))
 		}
 	}
 }

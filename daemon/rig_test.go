@@ -78,6 +78,7 @@ type engine struct {
 	synced   map[fscache.Key]int                            // calls of Sync before the first of Complete
 	dropped  int                                            // calls of Drop
 	dropping func()                                         // called by Drop first; may be nil
+	culling  time.Duration                                  // that Cull takes
 	flushed  int64                                          // bytes given to Flush
 	write    func(k fscache.Key, p []byte, off int64) error // what WriteAt fails with, instead
 	read     func() error                                   // what ReadAt fails with, instead
@@ -187,6 +188,11 @@ func (e *engine) Drop(k fscache.Key, x fscache.Extent) error {
 		e.dropping()
 	}
 	return e.Engine.Drop(k, x)
+}
+
+func (e *engine) Cull(ctx context.Context, k fscache.Key) error {
+	time.Sleep(e.culling)
+	return e.Engine.Cull(ctx, k)
 }
 
 func (e *engine) Sync(k fscache.Key) error {

@@ -194,6 +194,41 @@ func TestGCPausesBetweenObjects(t *testing.T) {
 	})
 }
 
+// Readers meet fewer deletions than one in a hundred, unless somebody waits for room.
+func TestCullerRestsForLongerWhileNobodyWaitsForRoom(t *testing.T) {
+	const each = 5 * time.Millisecond
+	for name, want := range map[string]struct {
+		urgent         bool
+		least, longest time.Duration
+	}{
+		"nobody waits":   {false, 2 * cullShare * each, 4 * cullShare * each},
+		"a reader waits": {true, 2 * cullPause, cullShare * each},
+	} {
+		t.Run(name, func(t *testing.T) {
+			eachMode(t, func(t *testing.T, mode simkernel.Mode) {
+				r, cull := tightRig(t, mode, func(o *Options) { o.DomainQuota = map[string]int64{LocalDomain: 1} })
+				defer r.close()
+				blobs := []*testBlob{blobOf("a", 1), blobOf("b", 1), blobOf("c", 1)}
+				for _, b := range blobs {
+					r.leave(b, time.Now())
+				}
+				r.e.culling = each
+				if want.urgent {
+					r.d.room.full()
+				}
+				began := time.Now()
+				cull()
+				for r.d.room.culled.Load() < 3 {
+					time.Sleep(time.Millisecond)
+				}
+				if took := time.Since(began); took < want.least || took > want.longest {
+					t.Errorf("3 objects were culled in %v, want %v to %v", took, want.least, want.longest)
+				}
+			})
+		})
+	}
+}
+
 func TestWhatIsMountedIsNeverCulled(t *testing.T) {
 	eachMode(t, func(t *testing.T, mode simkernel.Mode) {
 		r, cull := tightRig(t, mode, nil)

@@ -90,7 +90,7 @@ func (g *gate) open() {
 }
 
 // newFleet mounts the image in so many domains.
-func (b *bench) newFleet(ctx context.Context, mounts int, local bool) (f *fleet, err error) {
+func (b *bench) newFleet(ctx context.Context, mounts int, local bool, serve ...string) (f *fleet, err error) {
 	dir, err := os.MkdirTemp(b.dir, "fleet-")
 	if err != nil {
 		return nil, err
@@ -117,7 +117,7 @@ func (b *bench) newFleet(ctx context.Context, mounts int, local bool) (f *fleet,
 	if err := timed(ctx, nil, b.bin, "convert", "--compression", "none", "--chunk-size", "4KiB", "oci:"+src+":layers", ref); err != nil {
 		return f, err
 	}
-	if f.Host, err = host.Start(b.bin, dir, "--prefetch", "off", "--read-ahead", "4KiB", "--streams", "256"); err != nil {
+	if f.Host, err = host.Start(b.bin, dir, append([]string{"--prefetch", "off", "--read-ahead", "4KiB", "--streams", "256"}, serve...)...); err != nil {
 		return f, err
 	}
 	for i := range mounts {
