@@ -210,6 +210,9 @@ func elsewhere(point, engine string) bool {
 	if point == "cachefiles.takeover.after-refuse" && kernelRestores() { // it delivers again what is refused without
 		return true
 	}
+	if strings.HasPrefix(point, "daemon.parts.") { // which the daemon refuses to do with cachefiles
+		return engine != "fanotify"
+	}
 	for _, e := range []string{"fanotify", "cachefiles"} {
 		if strings.HasPrefix(point, e+".") {
 			return e != engine
