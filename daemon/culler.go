@@ -61,8 +61,7 @@ func (d *Daemon) makeRoom(ctx context.Context) (culled int) {
 		return 0
 	}
 	limits := d.room.limits
-	urgent := d.room.wanted.Swap(false) || refused
-	wanted := urgent || space.Wanted
+	wanted := d.room.wanted.Swap(false) || space.Wanted
 	short := refused || limits.Low(space) || wanted && !limits.Ample(space)
 	if !short && len(d.room.quotas.limit) == 0 && !d.begun.Load() {
 		return 0
@@ -81,7 +80,7 @@ func (d *Daemon) makeRoom(ctx context.Context) (culled int) {
 			began := time.Now()
 			if c := &list[i]; !c.gone && !c.live && want(*c) && d.cullOne(ctx, c) {
 				culled++
-				d.afterCull(ctx, time.Since(began), urgent)
+				d.afterCull(ctx, time.Since(began))
 			}
 		}
 	}
@@ -90,7 +89,7 @@ func (d *Daemon) makeRoom(ctx context.Context) (culled int) {
 		cull(want, enough)
 		d.cullParts(ctx, list, want, enough, func(took time.Duration) {
 			culled++
-			d.afterCull(ctx, took, urgent)
+			d.afterCull(ctx, took)
 		})
 	}
 	over := d.cullQuotas(list, cullAll)
@@ -112,10 +111,9 @@ func (d *Daemon) makeRoom(ctx context.Context) (culled int) {
 }
 
 // afterCull pauses after a deletion that took so long, for longer while nobody waits for room.
-func (d *Daemon) afterCull(ctx context.Context, took time.Duration, urgent bool) {
-	over := time.Now().Add(min(max(cullShare*took, cullPause), cullAtMost))
-	for sleep(ctx, cullPause) == nil && time.Now().Before(over) && !urgent {
-		urgent = d.room.wanted.Load() || d.room.refused.Load()
+func (d *Daemon) afterCull(ctx context.Context, took time.Duration) {
+	over := time.Now().Add(min(cullShare*took, cullAtMost))
+	for sleep(ctx, cullPause) == nil && time.Now().Before(over) && d.room.waiting.Load() == 0 {
 	}
 }
 

@@ -25,6 +25,7 @@ type filler struct {
 	room          *room
 	spaceDeadline time.Duration // how long a reader is made to wait for room
 	cullsParts    bool          // parts of mounted objects are culled too
+	unsettled     atomic.Bool   // this is a successor whose predecessor may still write or cull
 
 	index      *index
 	count      counters

@@ -73,7 +73,10 @@ func (d *Daemon) getPrefetch(r *http.Request) (int, any, error) {
 // hurry has m brought in without a limit, by the daemons that follow this one too.
 // ORDER: on record before it begins, so that whoever was told that it was begun finds it done, whatever dies meanwhile.
 func (d *Daemon) hurry(m *mount) error {
-	if m.hurried.CompareAndSwap(false, true) {
+	d.culling.Lock() // from here on no part of it is culled
+	first := m.hurried.CompareAndSwap(false, true)
+	d.culling.Unlock()
+	if first {
 		if err := d.state.UpdateMount(m.asRecorded()); err != nil {
 			m.hurried.Store(false)
 			return err
@@ -137,7 +140,7 @@ func (d *Daemon) prefetchInfo(mounts []*mount) PrefetchInfo {
 			kept, err := h.o.kept()
 			failed = append(failed, err)
 			p.Done = p.Done && kept
-			if !kept && m.prefetch.running.Load() == 0 && h.o.lostParts() {
+			if !kept && m.prefetch.running.Load() == 0 && !d.succession.under.Load() && h.o.lostParts() {
 				failed = append(failed, errPartsCulled)
 			}
 			if kept {

@@ -199,7 +199,7 @@ func (d *Daemon) quiesce() bool {
 }
 
 // needless reports whether nothing is being done, nothing was asked for within IdleExit, and what is asked for next needs no daemon
-// (every object is complete) or brings one (the supervisor watches what it holds).
+// (every object is complete and left to the kernel) or brings one (the supervisor watches what it holds).
 func (d *Daemon) needless() bool {
 	if time.Since(d.began)-time.Duration(d.lastUsed.Load()) < d.opt.IdleExit || d.succession.under.Load() {
 		return false
@@ -215,7 +215,7 @@ func (d *Daemon) needless() bool {
 	name, _ := d.engine.Lifeline()
 	wakes := d.opt.Supervisor != nil && d.opt.Supervisor.Wakes(name)
 	for _, o := range d.objects.all() {
-		if o.busyOrAbsent(wakes) {
+		if o.busyOrAsked(wakes) {
 			return false
 		}
 	}

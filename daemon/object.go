@@ -38,19 +38,20 @@ type object struct {
 	mu       sync.Mutex
 	present  bitset
 	flying   bitset        // claimed by a fetch; disjoint from present
-	given    bitset        // readers may have been told that these are there, and may copy them from the cache at any time from then on
+	given    bitset        // readers have asked for these, or may have: once told that they are there they copy them from the cache at any time
 	missing  int           // chunks not present
 	epoch    int           // counts reset calls: what was written before one says nothing about the file after it
 	changes  int           // counts what changed present
 	finished bool          // complete, and the engine was told or is being told
-	durable  bool          // the engine was told: all of it would outlive a power failure
+	durable  bool          // all of it would outlive a power failure
+	left     bool          // the engine was told: the kernel needs nobody for it
 	unsynced error         // why it could not be told
 	finding  chan struct{} // closed when it is known what the file holds that the kernel opened last; nil: it is
 	waiters  []*waiter
 	claims   []*claim // whose transfer is under way and nobody waits for
 	lastRead time.Time
 
-	retracted bool // chunks that were there were made holes of
+	retracted bool // chunks are missing that were there
 	uses      []*use
 	backoff   backoff
 }
@@ -98,17 +99,14 @@ func (o *object) has(s span) bool {
 	return o.present.all(s)
 }
 
-// give reports whether all of s is present. If it is, a reader may be told so.
+// give notes that a reader wants s, and reports whether all of it is present.
 func (o *object) give(s span) bool {
 	now := time.Now()
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	o.lastRead = now
-	if !o.present.all(s) {
-		return false
-	}
 	o.given.set(s)
-	return true
+	return o.present.all(s)
 }
 
 // gave notes that another process may have given s to readers.
@@ -212,8 +210,8 @@ func (o *object) window(want span, ahead uint64) int {
 	return want.last
 }
 
-// mark makes claimed chunks present and wakes who waited for them. It reports whether want is present now, as give does, and
-// whether this made the object complete (to one caller only). Chunks claimed before a reset stay absent.
+// mark makes claimed chunks present and wakes who waited for them. It reports whether want is present now, and whether
+// this made the object complete (to one caller only). Chunks claimed before a reset stay absent.
 func (o *object) mark(s span, epoch int, want span) (ready, complete bool) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -224,14 +222,14 @@ func (o *object) mark(s span, epoch int, want span) (ready, complete bool) {
 		o.backoff.reset()
 	}
 	o.wake(s, nil)
+	if o.missing == 0 {
+		o.retracted = false
+	}
 	complete = o.missing == 0 && !o.finished
 	if complete {
 		o.finished = true
 	}
-	if ready = o.present.all(want); ready {
-		o.given.set(want)
-	}
-	return ready, complete
+	return o.present.all(want), complete
 }
 
 // abandon gives up claimed chunks; those who waited for them are told why and try for themselves.
@@ -293,7 +291,7 @@ func (o *object) reset() (epoch int) {
 	o.changes++
 	o.present.clear(span{0, o.table.Len()})
 	o.missing = o.table.Len()
-	o.finished, o.durable, o.unsynced = false, false, nil
+	o.finished, o.durable, o.left, o.unsynced = false, false, false, nil
 	return o.epoch
 }
 
@@ -330,12 +328,12 @@ func (o *object) found(ctx context.Context) error {
 	}
 }
 
-// ended takes note of how finish ended that was begun in an epoch.
-func (o *object) ended(epoch int, err error) {
+// ended takes note of how finish ended that was begun in an epoch, and whether it left the object to the kernel.
+func (o *object) ended(epoch int, err error, left bool) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	if epoch == o.epoch {
-		o.durable, o.unsynced = err == nil, err
+		o.durable, o.left, o.unsynced = err == nil, left, err
 	}
 }
 
@@ -360,11 +358,11 @@ func (o *object) current() int {
 	return o.epoch
 }
 
-// busyOrAbsent reports whether something of the object is on its way, or, unless absence is of no concern, is absent.
-func (o *object) busyOrAbsent(mayBeAbsent bool) bool {
+// busyOrAsked reports whether something of the object is on its way, or, unless that is of no concern, whether the kernel may ask for something of it.
+func (o *object) busyOrAsked(mayBeAsked bool) bool {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	return o.flying.any(span{0, o.table.Len()}) || o.missing > 0 && !mayBeAbsent
+	return o.flying.any(span{0, o.table.Len()}) || !o.left && !mayBeAsked
 }
 
 // failed notes that a fetch begun at began failed, and how long the source is to be left alone: atLeast if it asked for that,

@@ -33,11 +33,10 @@ func (d *Daemon) cullParts(ctx context.Context, list []candidate, want func(cand
 		o *object
 	}
 	var parts []part
-	wanted := d.hurriedObjects()
 	for i := range list {
 		c := &list[i]
 		o := d.objects.get(keyOf(c.Object))
-		if o != nil && !wanted[o] && want(*c) {
+		if o != nil && want(*c) {
 			parts = append(parts, part{c, o})
 		}
 	}
@@ -54,20 +53,6 @@ func (d *Daemon) cullParts(ctx context.Context, list []candidate, want func(cand
 	}
 }
 
-// hurriedObjects are the objects of the mounts that holdfast prefetch was asked for.
-func (d *Daemon) hurriedObjects() map[*object]bool {
-	wanted := map[*object]bool{}
-	for _, m := range d.mounts.list() {
-		if !m.hurried.Load() {
-			continue
-		}
-		for _, o := range m.objects() {
-			wanted[o] = true
-		}
-	}
-	return wanted
-}
-
 // cullPart makes one step of holes in a mounted object, and says whether that made room.
 //
 // ORDER: absent first, and on their way, so that readers who come meanwhile wait; holes then; and free to be fetched last. A process that dies in
@@ -75,16 +60,8 @@ func (d *Daemon) hurriedObjects() map[*object]bool {
 func (d *Daemon) cullPart(o *object) bool {
 	d.culling.Lock()
 	defer d.culling.Unlock()
-	if d.succession.under.Load() {
-		return false // the successor culls
-	}
-	u := o.borrow()
-	if u == nil {
-		return false // unmounted meanwhile
-	}
-	defer u.wg.Done()
-	if dir, err := d.usedOffline(o.key); err != nil || dir != "" {
-		return false // its readers ask nobody
+	if d.succession.under.Load() || d.unsettled.Load() || d.mounts.hurried(o, d.started) {
+		return false
 	}
 	spans, bytes := o.retract(cullStep)
 	if len(spans) == 0 {
@@ -93,7 +70,7 @@ func (d *Daemon) cullPart(o *object) bool {
 	var failed error
 	for _, s := range spans {
 		crash.Point("daemon.parts.before-drop")
-		if err := d.engine.Drop(o.key, o.extent(s)); err != nil {
+		if err := d.engine.Drop(o.key, o.extent(s)); err != nil && !errors.Is(err, fscache.ErrUnknown) { // unmounted meanwhile
 			failed = err
 		}
 		crash.Point("daemon.parts.after-drop")
@@ -116,12 +93,12 @@ func (o *object) extent(s span) fscache.Extent {
 }
 
 // retract takes chunks that no reader was told of for absent, and for being on their way until abandon: about limit bytes of them. It takes none
-// of an object that is being fetched or synced.
+// of an object that is being fetched or synced, or was not synced.
 func (o *object) retract(limit int64) (spans []span, bytes int64) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	all := span{0, o.table.Len()}
-	if o.flying.any(all) || o.finished && !o.durable && o.unsynced == nil {
+	if o.flying.any(all) || o.finished && !o.durable {
 		return nil, 0
 	}
 	for i := 0; i < all.last && bytes < limit; i++ {
@@ -145,7 +122,7 @@ func (o *object) retract(limit int64) (spans []span, bytes int64) {
 		o.missing += s.last - s.first
 	}
 	o.changes++
-	o.finished, o.durable, o.unsynced, o.retracted = false, false, nil, true
+	o.finished, o.durable, o.left, o.retracted = false, false, false, true
 	o.vouched.Store(false)
 	return spans, bytes
 }
@@ -154,7 +131,7 @@ func (o *object) retract(limit int64) (spans []span, bytes int64) {
 func (o *object) lostParts() bool {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	return o.retracted && o.missing > 0
+	return o.retracted
 }
 
 // retractable reports whether there is a chunk that no reader was told of.

@@ -1,12 +1,16 @@
 package daemon
 
 import (
+	"errors"
 	"math/rand/v2"
+	"os"
+	"path/filepath"
 	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
 
+	"holdfast/fscache"
 	"holdfast/fscache/simkernel"
 	"holdfast/rafs"
 )
@@ -218,4 +222,156 @@ func TestCullingOfMountedObjectsIsRefusedWhereTheKernelDoesNotAsk(t *testing.T) 
 			}
 		})
 	}
+}
+
+// partsHost is a simulated host with an image that was brought in and read by nobody, whose daemon culls parts.
+func partsHost(t *testing.T, f func(h *simHost, im simImage, dir string)) {
+	t.Setenv("GOMEMLIMIT", "off")
+	images := simImages(t, 2)
+	base := shmDir(t)
+	dir := filepath.Join(base, "mnt")
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	synctest.Test(t, func(t *testing.T) {
+		h := newSimHost(simkernel.Fanotify, base, t.Fatalf)
+		h.others = images[1:]
+		h.change = func(o *Options) { o.CullMounted, o.Prefetch, o.ReadAhead = true, true, 1 }
+		defer h.end()
+		h.boot(0)
+		h.mount(images[0], dir)
+		time.Sleep(time.Second)
+		synctest.Wait()
+		f(h, images[0], dir)
+	})
+}
+
+// cullParts culls what it can, and says in how many steps.
+func (l *life) cullParts() (n int) {
+	for _, o := range l.d.objects.all() {
+		for l.d.cullPart(o) {
+			n++
+		}
+	}
+	return n
+}
+
+func TestUpgradeThatFailsLeavesTheKernelAskingAboutWhatMayBeCulled(t *testing.T) {
+	partsHost(t, func(h *simHost, im simImage, dir string) {
+		h.freezeError = errors.New("it will not")
+		if err := h.upgrade()(); err == nil {
+			h.fail("upgraded")
+		}
+		h.freezeError = nil
+		synctest.Wait()
+		if h.running().cullParts() == 0 {
+			h.fail("nothing was culled")
+		}
+		if v := h.kernel.Violations(); len(v) > 0 {
+			h.fail("%s", v[0])
+		}
+		h.served(im, dir)
+	})
+}
+
+// What a successor did not put there its predecessor may have given to readers.
+func TestSuccessorCullsNothingItFound(t *testing.T) {
+	partsHost(t, func(h *simHost, im simImage, dir string) {
+		if err := h.upgrade()(); err != nil {
+			h.fail("upgrade: %v", err)
+		}
+		synctest.Wait()
+		if n := h.running().cullParts(); n > 0 {
+			h.fail("parts were culled in %d steps", n)
+		}
+		h.served(im, dir)
+	})
+}
+
+func TestSuccessorCullsNothingWhileItsPredecessorWrites(t *testing.T) {
+	partsRig(t, func(r *rig, _ func()) {
+		b := blobOf("bb", 2)
+		defer r.mount(nil, b)()
+		o := r.object(b)
+		r.d.unsettled.Store(true)
+		if err := newPrefetch(r.d.filler, &gate{}, 0).bring(r.t.Context(), o, span{0, 1}); err != nil {
+			r.t.Fatal(err)
+		}
+		if r.d.cullPart(o) {
+			r.t.Error("culled")
+		}
+		r.bring(b)
+		if r.e.complete[b.key] != 0 || r.e.synced[b.key] != 0 {
+			r.t.Error("synced, or left to the kernel")
+		}
+	})
+}
+
+// What a reader waits for is not taken away to make room for the rest of it.
+func TestWhatAReaderWaitsForIsNotCulled(t *testing.T) {
+	o := newObject(fscache.Key{Domain: "d", ID: "o"}, blobOf("bb", 3).table, "", 1)
+	if o.give(span{0, 2}) {
+		t.Fatal("present")
+	}
+	o.claim(span{0, 3}, 0)
+	o.mark(span{0, 1}, o.current(), span{0, 2})
+	o.mark(span{2, 3}, o.current(), span{})
+	o.abandon(span{1, 2}, errAbandoned)
+	if spans, _ := o.retract(1 << 30); len(spans) != 1 || spans[0] != (span{2, 3}) {
+		t.Errorf("%v is culled, want 2 to 3", spans)
+	}
+}
+
+// A failed sync is not tried again: what it lost cannot be known.
+func TestPartsOfAnObjectThatWasNotSyncedAreNotCulled(t *testing.T) {
+	o := newObject(fscache.Key{Domain: "d", ID: "o"}, blobOf("bb", 1).table, "", 1)
+	o.mark(span{0, 1}, o.current(), span{})
+	o.ended(o.current(), errors.New("input/output error"), false)
+	if spans, _ := o.retract(1 << 30); len(spans) > 0 {
+		t.Errorf("%v is culled", spans)
+	}
+}
+
+// An idle daemon whose supervisor does not wake it ends only if the kernel asks about nothing.
+func TestObjectWhosePartsMayBeCulledNeedsADaemon(t *testing.T) {
+	partsRig(t, func(r *rig, _ func()) {
+		b := blobOf("bb", 1)
+		defer r.mount(nil, b)()
+		r.bring(b)
+		if o := r.object(b); !o.busyOrAsked(false) || o.busyOrAsked(true) {
+			r.t.Error("complete, not left to the kernel, and taken for needing nobody; or for being busy")
+		}
+	})
+}
+
+func TestWhatPrefetchWasAskedForIsNotCulled(t *testing.T) {
+	partsHost(t, func(h *simHost, _ simImage, dir string) {
+		l := h.running()
+		m, err := l.d.named(PrefetchRequest{Dir: dir})
+		if err == nil {
+			err = l.d.hurry(m[0])
+		}
+		if err != nil {
+			h.fail("%v", err)
+		}
+		synctest.Wait()
+		if n := l.cullParts(); n > 0 {
+			h.fail("parts were culled in %d steps", n)
+		}
+	})
+}
+
+func TestCheckDoesNotTakeCulledChunksForWrongBytes(t *testing.T) {
+	partsRig(t, func(r *rig, _ func()) {
+		b := blobOf("bb", 1)
+		defer r.mount(nil, b)()
+		r.bring(b)
+		o := r.object(b)
+		if !r.d.cullPart(o) {
+			r.t.Fatal("nothing was culled")
+		}
+		if bad, err := r.d.checkChunk(r.t.Context(), o, 0, false); bad != nil || err != nil {
+			r.t.Errorf("%+v, %v", bad, err)
+		}
+	})
 }

@@ -42,6 +42,8 @@ type room struct {
 	culled   atomic.Int64                  // objects, since the daemon started
 	parts    atomic.Int64                  // bytes of mounted objects, likewise
 
+	waiting atomic.Int64 // who waits for room
+
 	mu      sync.Mutex
 	changed chan struct{} // closed and replaced when something was culled
 }
@@ -133,6 +135,8 @@ func (r *room) made() {
 
 // wait waits until something was culled, for d at the most; the cause of ctx when that ends first.
 func (r *room) wait(ctx context.Context, d time.Duration) error {
+	r.waiting.Add(1)
+	defer r.waiting.Add(-1)
 	r.mu.Lock()
 	changed := r.changed
 	r.mu.Unlock()

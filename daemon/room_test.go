@@ -214,7 +214,10 @@ func TestCullerRestsForLongerWhileNobodyWaitsForRoom(t *testing.T) {
 				}
 				r.e.culling = each
 				if want.urgent {
-					r.d.room.full()
+					go func() { // ends with the test
+						for r.d.room.wait(t.Context(), time.Minute) == nil {
+						}
+					}()
 				}
 				began := time.Now()
 				cull()

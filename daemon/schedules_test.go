@@ -24,7 +24,7 @@ import (
 const schedules = 1000
 
 // TestSchedules runs daemons on a simulated host through what happens to daemons: deaths at every step that others see, upgrades of which either
-// side dies, stops, idleness, mounts and unmounts in between, sources that are away. No reader gets a wrong byte or an error, no
+// side dies, stops, idleness, mounts and unmounts in between, parts of what is mounted being culled, sources that are away. No reader gets a wrong byte or an error, no
 // request is forgotten, no lifeline is let go, and once the faults are over everybody gets everything and all records agree.
 func TestSchedules(t *testing.T) {
 	t.Setenv("GOMEMLIMIT", "off")
@@ -72,7 +72,7 @@ func newSchedule(rt *rapid.T, mode simkernel.Mode, base string, images []simImag
 	s.idle = rapid.SampledFrom([]time.Duration{0, 0, 50 * time.Millisecond}).Draw(rt, "idle exit")
 	prefetch := rapid.Bool().Draw(rt, "prefetch")
 	s.change = func(o *Options) {
-		o.IdleExit, o.Prefetch, o.ReadAhead = s.idle, prefetch, 1
+		o.IdleExit, o.Prefetch, o.ReadAhead, o.CullMounted = s.idle, prefetch, 1, mode == simkernel.Fanotify
 	}
 	return s
 }
@@ -87,6 +87,7 @@ func (s *schedule) play() {
 	actions := []func(){
 		s.actRead, s.actRead, s.actRead, s.actTime, s.actTime, s.actSource, s.actCrash, s.actCrashWithin, s.actBoot, s.actBoot, s.actUpgrade,
 		s.actUpgrade, s.actStop, s.actMount, s.actUnmount, s.actKillReader,
+		s.actCullParts,
 	}
 	for range 8 + s.pick("steps", 24) {
 		i := s.pick("action", len(actions))
@@ -200,6 +201,16 @@ func (s *schedule) actUnmount() {
 	dir := s.dirs[s.pick("dir", len(s.dirs))]
 	if s.pick("really", 2) == 0 {
 		s.ops.Go(func() { _ = l.d.unmount(l.ctx, dir) })
+	}
+}
+
+func (s *schedule) actCullParts() {
+	l := s.running()
+	if l == nil || !isClosed(l.ready) || !l.d.cullsParts {
+		return
+	}
+	for _, o := range l.d.objects.all() {
+		s.ops.Go(func() { l.d.cullPart(o) })
 	}
 }
 

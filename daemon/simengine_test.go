@@ -198,6 +198,21 @@ func (e *lifeEngine) WriteAt(k fscache.Key, p []byte, off int64) error {
 	return e.Engine.WriteAt(k, p, off)
 }
 
+func (e *lifeEngine) Drop(k fscache.Key, x fscache.Extent) error {
+	if err := e.l.point(); err != nil {
+		return err
+	}
+	e.l.h.note("%d makes a hole in %s %d+%d", e.l.pid, short(k), x.Off, x.Len)
+	return errors.Join(e.l.survive(func() error { return e.Engine.Drop(k, x) }), e.l.point())
+}
+
+func (e *lifeEngine) Complete(k fscache.Key) error {
+	if err := e.l.point(); err != nil {
+		return err
+	}
+	return e.l.survive(func() error { return e.Engine.Complete(k) })
+}
+
 func (e *lifeEngine) Remove(k fscache.Key) error {
 	if err := e.l.point(); err != nil {
 		return err

@@ -200,6 +200,12 @@ func (s *successor) settle() {
 		}
 		d.adopt(o, epoch, o.covered(extents))
 	}
+	d.unsettled.Store(false)
+	for _, o := range d.objects.all() {
+		if o.has(span{0, o.table.Len()}) {
+			d.finish(o)
+		}
+	}
 	for _, m := range d.mounts.list() {
 		if m.broken == "" {
 			d.startPrefetch(m)
@@ -260,6 +266,7 @@ func (s *successor) Prepare(list []handover.Record) error {
 		return errors.Join(err, engine.Close())
 	}
 	s.d.given = s.given
+	s.d.unsettled.Store(true)
 	for _, m := range s.mounts {
 		if err := s.d.takeOver(context.Background(), m); err != nil {
 			return err

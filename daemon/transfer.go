@@ -202,16 +202,22 @@ func (t *transfer) write(b batch, p []byte) error {
 // background waits for it, and so does whoever makes the engine forget the object: the engine knows it by its key, under
 // which another may be there next, and taking the mark off that one would show its holes (I1). A failed fsync is not tried again (what it lost cannot be known): the object stays as one that
 // the kernel asks for, and the daemon answers.
+//
+// A successor waits with that until its predecessor has ended, which may cull parts of the object if the upgrade fails.
 func (f *filler) finish(o *object) {
+	if f.unsettled.Load() {
+		return // settle comes back to it
+	}
 	o.completing.Add(1)
 	epoch := o.current()
 	f.background.Go(func() {
 		defer o.completing.Done()
 		err := f.engine.Sync(o.key)
-		if err == nil && !(f.cullsParts && o.retractable()) { // a hole may be made of it, which the kernel is to ask about
+		left := err == nil && !(f.cullsParts && o.retractable()) // else a hole may be made of it, which the kernel is to ask about
+		if left {
 			err = f.engine.Complete(o.key)
 		}
-		o.ended(epoch, err)
+		o.ended(epoch, err, left && err == nil)
 		if err != nil && !errors.Is(err, fscache.ErrUnknown) { // unmounted meanwhile
 			f.log.Error("object is complete but cannot be left to the kernel", zap.Stringer("object", o.key), zap.Error(err))
 		}

@@ -52,6 +52,7 @@ type Engine struct {
 	frozen  bool                  // Next is over
 	closed  bool                  // everything is; implies frozen
 	added   map[fscache.Key]int64 // sizes
+	whole   map[fscache.Key]bool  // that this process called Complete of
 	pending map[uint64]*work      // by token
 	handout []*work               // inherited, for Next, before anything is read
 	token   uint64
@@ -89,7 +90,7 @@ func (k *Kernel) Start(c Config) (*Engine, error) {
 	}
 	e := &Engine{
 		k: k, c: c,
-		added: make(map[fscache.Key]int64), pending: make(map[uint64]*work), expected: make(map[uint64]*work),
+		added: make(map[fscache.Key]int64), whole: make(map[fscache.Key]bool), pending: make(map[uint64]*work), expected: make(map[uint64]*work),
 		waits: c.Inherited.Alive,
 	}
 	started := false
@@ -222,6 +223,7 @@ func (e *Engine) drop(held ...fscache.Held) {
 // Complete implements fscache.Engine.
 func (e *Engine) Complete(k fscache.Key) error {
 	return e.with(k, func(*file) error {
+		e.whole[k] = true
 		if e.k.group != nil {
 			delete(e.k.group.marks, k)
 		}
@@ -295,8 +297,11 @@ func (e *Engine) Drop(k fscache.Key, x fscache.Extent) error {
 		if err := f.check(x.Off, x.Len, true); err != nil {
 			return err
 		}
-		if !e.k.group.marks[k] {
+		if e.whole[k] {
 			return fmt.Errorf("object %s: a hole would be read as zeros: %w", k, fscache.ErrBusy)
+		}
+		if !e.k.group.marks[k] { // which a process that did not take it off does not know
+			e.k.violation("a hole is made in %s, which the kernel does not ask about (I1)", k)
 		}
 		for at := x.Off; at < x.Off+x.Len; at += page {
 			delete(f.pages, at)

@@ -180,3 +180,16 @@ func TestStoppedServiceLeavesMountsAndIsStartedByTheNextMiss(t *testing.T) {
 	s.read(im, whole).wait()
 	s.read(im, part).wait()
 }
+
+// The kernel culls in the working directory of the thread that tells it to.
+func TestServiceMayCull(t *testing.T) {
+	s := newSystem(t)
+	im := s.image(2)
+	dir := s.mount(im)
+	s.read(im, dir).wait()
+	s.must("holdfast", "umount", dir)
+	s.must("holdfast", "images", "rm", im.ref)
+	if j := s.journal(); strings.Contains(j, "cull an object") {
+		t.Errorf("what was unmounted cannot be culled:\n%s", j)
+	}
+}

@@ -128,7 +128,8 @@ func TestEnabledServiceIsStartedAtBootBehindTheFileSystems(t *testing.T) {
 			t.Errorf("%s is not enabled with %s: %v", unit, service, err)
 		}
 	}
-	s.systemctl("start", "multi-user.target") // what a boot comes to
+	s.systemctl("start", "multi-user.target") // what a boot comes to, without waiting for the service
+	s.until("the service is started", func() bool { return s.show("ActiveState") != "activating" })
 	if got := s.show("ActiveState"); got != "active" {
 		t.Errorf("the service is %s after a boot", got)
 	}
