@@ -203,6 +203,7 @@ func (e *Engine) Remove(k fscache.Key) error {
 			held = e.unwatch(k)
 		}
 		delete(e.added, k)
+		delete(e.whole, k)
 		return nil
 	})
 	e.drop(held...)
