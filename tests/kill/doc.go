@@ -20,6 +20,7 @@
 //	HOLDFAST_BUDGET      time that a sampled drill may take
 //	HOLDFAST_KILLS       how many random kills
 //	HOLDFAST_FLOWS       only these flows (see flows), comma-separated, for the crash points
+//	HOLDFAST_PART        2/3: every third case of the crash points, the second and on; with a seed, three machines run all of them
 //	HOLDFAST_CASE        one case of a drill, as a failure prints it
 //
 // TestMutations shows that the drills notice: for each safety that holdfast has, a build without it is run through a drill that must

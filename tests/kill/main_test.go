@@ -173,6 +173,19 @@ func budget(t *testing.T, otherwise time.Duration) time.Duration {
 	return d
 }
 
+// part is which part of the cases is to be run, of how many: the first is 1.
+func part(t *testing.T) (part, parts int) {
+	t.Helper()
+	s := os.Getenv("HOLDFAST_PART")
+	if s == "" {
+		return 1, 1
+	}
+	if n, err := fmt.Sscanf(s, "%d/%d", &part, &parts); n != 2 || err != nil || part < 1 || part > parts {
+		t.Fatalf("HOLDFAST_PART=%q: want 1/2, for example", s)
+	}
+	return part, parts
+}
+
 // number is a number in the environment.
 func number(t *testing.T, variable string, otherwise int) int {
 	t.Helper()

@@ -180,9 +180,13 @@ func runAll(t *testing.T, o options, cases []crashCase, must int, limit time.Dur
 	}
 	start, done, killed := time.Now(), map[string]bool{}, 0
 	ran := 0
+	part, parts := part(t)
 	for i, c := range cases {
 		if i >= must && !full() && time.Since(start) > limit {
 			break
+		}
+		if i%parts != part-1 {
+			continue
 		}
 		ran++
 		run := c.run
