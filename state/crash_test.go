@@ -53,14 +53,19 @@ func TestKilledAtEachPointWhatIsOnRecordIsBeforeOrAfter(t *testing.T) {
 			if err1 != nil || err2 != nil {
 				t.Fatal(err1, err2)
 			}
-			mounts, held := []string{}, []string{}
+			mounts, held, settled := []string{}, []string{}, 0
 			for _, m := range e.Mounts {
 				mounts = append(mounts, m.ID)
+			}
+			for _, o := range e.Objects {
+				if o.Boot != "" {
+					settled++
+				}
 			}
 			for _, o := range e2.Objects {
 				held = append(held, o.Name)
 			}
-			got := fmt.Sprint(mounts, len(e.Objects), held, len(e2.Pending), len(read(t, filepath.Join(dir, "inbox"))))
+			got := fmt.Sprint(mounts, settled, held, len(e2.Pending), len(read(t, filepath.Join(dir, "inbox"))))
 			if got != want {
 				t.Errorf("left %s, want %s", got, want)
 			}
