@@ -245,7 +245,7 @@ func TestKillAtEveryPoint(t *testing.T) {
 		}
 	}
 	random.Shuffle(len(more), func(i, j int) { more[i], more[j] = more[j], more[i] })
-	limit := budget(t, 3*time.Minute)
+	limit := budget(t, 2*time.Minute)
 	done := runAll(t, o, slices.Concat(first, more), len(first), limit)
 	for _, c := range first {
 		if killed, ran := done[c.String()]; ran && !killed {
