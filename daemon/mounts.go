@@ -129,26 +129,6 @@ func (t *mounts) every() (all []mountRecord) {
 	return all
 }
 
-// hurried reports whether somebody asked for all of an object with holdfast prefetch: of this process, which began at began, or, as far as is on
-// record, of another.
-func (t *mounts) hurried(o *object, began time.Time) bool {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	for _, m := range t.byDir {
-		if !m.ready { // its blobs are somebody else's now
-			if m.hurried.Load() {
-				return true
-			}
-			continue
-		}
-		asked := m.hurried.Load() || m.record.Prefetch && m.record.PrefetchBPS == 0 && m.record.Created.Before(began)
-		if asked && slices.ContainsFunc(m.blobs, func(h *hold) bool { return h.o == o }) {
-			return true
-		}
-	}
-	return false
-}
-
 // empty reports whether there is no mount at all.
 func (t *mounts) empty() bool {
 	t.mu.Lock()

@@ -53,6 +53,26 @@ func (d *Daemon) cullParts(ctx context.Context, list []candidate, want func(cand
 	}
 }
 
+// hurried reports whether somebody asked for all of an object with holdfast prefetch: of this process, which began at began, or, as far as is on
+// record, of another.
+func (t *mounts) hurried(o *object, began time.Time) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for _, m := range t.byDir {
+		if !m.ready { // its blobs are somebody else's now
+			if m.hurried.Load() {
+				return true
+			}
+			continue
+		}
+		asked := m.hurried.Load() || m.record.Prefetch && m.record.PrefetchBPS == 0 && m.record.Created.Before(began)
+		if asked && slices.ContainsFunc(m.blobs, func(h *hold) bool { return h.o == o }) {
+			return true
+		}
+	}
+	return false
+}
+
 // cullPart makes one step of holes in a mounted object, and says whether that made room.
 //
 // ORDER: absent first, and on their way, so that readers who come meanwhile wait; holes then; and free to be fetched last. A process that dies in
