@@ -29,6 +29,7 @@ type mounts struct {
 	// lingering are mounts that were unmounted here and are still used elsewhere: containers have mount namespaces of
 	// their own. They are served until that ends, which is looked for whenever something is mounted or unmounted.
 	lingering []*mount
+	parting   sync.Mutex // one at a time looks through what lingers; taken before mu
 }
 
 // A mount is an image that is mounted, or being mounted or unmounted.
@@ -142,27 +143,32 @@ func (t *mounts) anyLinger() bool {
 	return len(t.lingering) > 0
 }
 
-// linger adds to the lingering mounts; takeLingering takes them all.
+// linger adds to the lingering mounts, if m is not among them; gone takes it out.
 func (t *mounts) linger(m *mount) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.lingering = append(t.lingering, m)
+	if !slices.Contains(t.lingering, m) {
+		t.lingering = append(t.lingering, m)
+	}
 }
 
-func (t *mounts) takeLingering() []*mount {
+func (t *mounts) gone(m *mount) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	all := t.lingering
-	t.lingering = nil
-	return all
+	t.lingering = slices.DeleteFunc(t.lingering, func(l *mount) bool { return l == m })
+}
+
+func (t *mounts) allLingering() []*mount {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return slices.Clone(t.lingering)
 }
 
 // close ends the prefetches and closes the images; what is mounted stays mounted. Nothing may be mounting.
 func (t *mounts) close() (err error) {
-	t.mu.Lock()
-	lingering := slices.Clone(t.lingering)
-	t.mu.Unlock()
-	for _, m := range append(t.list(), lingering...) {
+	t.parting.Lock()
+	defer t.parting.Unlock()
+	for _, m := range append(t.list(), t.allLingering()...) {
 		m.prefetch.end()
 		if m.image != nil {
 			err = errors.Join(err, m.image.Close())
@@ -295,6 +301,7 @@ func (d *Daemon) part(m *mount, err error) error {
 	if len(m.kept) == 0 {
 		err = errors.Join(err, m.image.Close(), d.state.ForgetMount(m.record.ID))
 		d.discardBootstrap(m)
+		d.mounts.gone(m)
 		d.room.kick() // what it used may be culled now
 		return err
 	}
@@ -310,9 +317,12 @@ func (d *Daemon) part(m *mount, err error) error {
 	return err
 }
 
-// sweep lets go what need not linger any more.
+// sweep lets go what need not linger any more. What is looked at stays known meanwhile: who asks whether the daemon is used, or
+// what there is to hand over, must not find a gap.
 func (d *Daemon) sweep() {
-	for _, m := range d.mounts.takeLingering() {
+	d.mounts.parting.Lock()
+	defer d.mounts.parting.Unlock()
+	for _, m := range d.mounts.allLingering() {
 		if err := d.part(m, d.letGoHolds(m, m.kept)); err != nil {
 			d.log.Error("let an unmounted image go", zap.String("image", m.record.Ref), zap.Error(err))
 		}

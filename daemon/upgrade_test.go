@@ -310,21 +310,32 @@ func TestMountWithoutItsLifelineIsGivenUpWhereverTheDaemonDies(t *testing.T) {
 
 func TestLingeringImageGoesWhenItsLastUserHas(t *testing.T) {
 	eachHost(t, func(h *simHost, im simImage, dir string) {
-		var used atomic.Bool
+		var used, gap atomic.Bool
+		var unmounted atomic.Pointer[Daemon]
 		used.Store(true)
-		h.busy = func(k fscache.Key) bool { return used.Load() && k.ID == im.ids[0] }
+		h.busy = func(k fscache.Key) bool {
+			if d := unmounted.Load(); d != nil && d.Unused() {
+				gap.Store(true)
+			}
+			return used.Load() && k.ID == im.ids[0]
+		}
 		h.boot(0)
 		h.mount(im, dir)
 		d := h.running().d
 		if err := d.unmount(context.Background(), dir); err != nil {
 			h.fail("%v", err)
 		}
+		unmounted.Store(d)
 		time.Sleep(3 * sweepEvery)
+		unmounted.Store(nil)
 		if n := len(d.mounts.every()); n != 1 {
 			h.fail("%d mounts are known while the image is used, want it", n)
 		}
 		if n := strings.Count(h.notes(), "is still used"); n != 1 {
 			h.fail("it was logged %d times that it lingers, want once", n)
+		}
+		if gap.Load() {
+			h.fail("while it was looked for users, the daemon would have ended for want of use")
 		}
 		used.Store(false)
 		time.Sleep(2 * sweepEvery)
