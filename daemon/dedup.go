@@ -27,6 +27,7 @@ const (
 // entry says where a chunk was present, and whoever uses it looks whether it still is, and checks the bytes.
 type index struct {
 	off   atomic.Bool  // the engine cannot read its cache
+	apart atomic.Bool  // what is copied cannot share its space with where it is from
 	size  atomic.Int64 // entries
 	limit int64        // of size
 
@@ -248,6 +249,39 @@ func (t *transfer) copy(i int, dst []byte) error {
 		return fmt.Errorf("%w: object %s at %d", errElsewhere, p.o.key, at.Offset)
 	}
 	return nil
+}
+
+// share has what was copied of a span, all of it or nothing, share its space on disk with where it was copied from. That comes last: no reader waits for it,
+// and it is safe at any time, for the file system compares the bytes.
+func (t *transfer) share(s span) {
+	for s.first < s.last && !t.index.apart.Load() {
+		p, ok := t.from[s.first]
+		if !ok {
+			return
+		}
+		run := span{s.first, s.first + 1}
+		for run.last < s.last && t.follows(run.last) {
+			run.last++
+		}
+		s.first = run.last
+		x := t.o.extent(run)
+		n, err := t.engine.Share(t.o.key, x, p.o.key, int64(p.o.table.At(p.i).Offset))
+		t.o.reflinked.Add(n)
+		t.count.reflinked.Add(n)
+		if errors.Is(err, errors.ErrUnsupported) {
+			t.index.apart.Store(true)
+		} else if err != nil { // unmounted or culled meanwhile, if all is well
+			t.log.Debug("a copied chunk shares no space", zap.Stringer("object", t.o.key), zap.Error(err))
+		}
+	}
+}
+
+// follows reports whether chunk i was copied from right behind where the chunk before it was.
+func (t *transfer) follows(i int) bool {
+	p, ok := t.from[i]
+	before := t.from[i-1]
+	return ok && p.o == before.o && p.i == before.i+1 && p.o.table.At(p.i).Offset == before.o.table.At(before.i).End() &&
+		t.o.table.At(i).Offset == t.o.table.At(i-1).End()
 }
 
 // errElsewhere means that the cache has not what the index says.

@@ -55,10 +55,30 @@ func TestChunksThatAnotherObjectHasAreCopiedAndNotFetched(t *testing.T) {
 		if got := b.asked(); len(got) != 0 {
 			t.Errorf("ranges %v were fetched", got)
 		}
+		synctest.Wait()                                  // what is copied is shared after the reader has its answer
 		want := int64(len(b.want)) - 2*fscache.BlockSize // the zero row is no copy
 		s := r.d.status()
-		if s.Copied != want || s.Objects[1].ID != "b" || s.Objects[1].Copied != want || s.Objects[1].Fetched != 0 {
-			t.Errorf("%d bytes copied, want %d; objects %+v", s.Copied, want, s.Objects)
+		if s.Copied != want || s.Objects[1].ID != "b" || s.Objects[1].Copied != want || s.Objects[1].Fetched != 0 || s.Reflinked != want {
+			t.Errorf("%d bytes copied, %d of them reflinked, want %d; objects %+v", s.Copied, s.Reflinked, want, s.Objects)
+		}
+	})
+}
+
+func TestFileSystemThatCannotShareExtentsIsAskedOnce(t *testing.T) {
+	inFanotify(t, func(t *testing.T, r *rig) {
+		asked := 0
+		r.e.share = func() error {
+			asked++
+			return errors.ErrUnsupported
+		}
+		a, b := twins(many(20, 8<<10)...)
+		defer r.mount(nil, a)()
+		r.readAll(a)
+		defer r.mount(nil, b)()
+		r.readAll(b)
+		synctest.Wait()
+		if s := r.d.status(); asked != 1 || s.Reflinked != 0 || s.Copied != int64(len(b.want)) {
+			t.Errorf("asked %d times; %d of %d bytes copied, %d reflinked", asked, s.Copied, len(b.want), s.Reflinked)
 		}
 	})
 }

@@ -9,7 +9,7 @@
 // neighbours in the blob become one range request (transfer.go), and each batch of chunks is verified, written,
 // marked and only then answered (transfer.land). A chunk that another request has claimed is waited for: one fetch a
 // chunk, however many readers. What the domain's cache has in another object is copied from there instead of fetched
-// (dedup.go), and verified all the same. What is read ahead holds back while readers miss elsewhere, until one waits for it. Prefetch claims like a reader does, but only while no reader waits (prefetch.go).
+// (dedup.go), and verified all the same; it shares its space with the other one's where the file system can. What is read ahead holds back while readers miss elsewhere, until one waits for it. Prefetch claims like a reader does, but only while no reader waits (prefetch.go).
 //
 // The daemon is the one layer that tries again (fill.go, retry.go). What it does about a failure:
 //

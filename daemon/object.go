@@ -28,10 +28,11 @@ type object struct {
 	asked   chan struct{} // closed when the kernel first asks for something of the object: from then on it can be written to
 	once    sync.Once     // closes asked
 
-	fetched atomic.Int64 // bytes the sources gave
-	copied  atomic.Int64 // bytes that were in other objects of the domain
-	served  atomic.Int64 // bytes of requests answered OK
-	vouched atomic.Bool  // it is on record that all of it was synced
+	fetched   atomic.Int64 // bytes the sources gave
+	copied    atomic.Int64 // bytes that were in other objects of the domain
+	reflinked atomic.Int64 // of them, bytes that share their space on disk with those
+	served    atomic.Int64 // bytes of requests answered OK
+	vouched   atomic.Bool  // it is on record that all of it was synced
 
 	number uint32 // in the domain's index, whose lock guards it; 0: not there yet
 

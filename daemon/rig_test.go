@@ -82,6 +82,7 @@ type engine struct {
 	flushed  int64                                          // bytes given to Flush
 	write    func(k fscache.Key, p []byte, off int64) error // what WriteAt fails with, instead
 	read     func() error                                   // what ReadAt fails with, instead
+	share    func() error                                   // what Share fails with, instead
 	present  func(k fscache.Key)                            // called by Present; may be nil
 }
 
@@ -171,6 +172,13 @@ func (e *engine) ReadAt(k fscache.Key, p []byte, off int64) error {
 		return e.read()
 	}
 	return e.Engine.ReadAt(k, p, off)
+}
+
+func (e *engine) Share(k fscache.Key, x fscache.Extent, with fscache.Key, at int64) (int64, error) {
+	if e.share != nil {
+		return 0, e.share()
+	}
+	return e.Engine.Share(k, x, with, at)
 }
 
 func (e *engine) Present(k fscache.Key) ([]fscache.Extent, error) {

@@ -17,12 +17,13 @@ type Sharing struct {
 
 // SharingSums are over a number of images.
 type SharingSums struct {
-	Images  int   `json:"images"`  // an image in two domains is two
-	Objects int   `json:"objects"` // of their blobs
-	Size    int64 `json:"size"`    // of the objects
-	Shared  int64 `json:"shared"`  // of that, objects that several images refer to
-	Saved   int64 `json:"saved"`   // what the cache would hold once more for each further image if every image had objects of its own
-	Copied  int64 `json:"copied"`  // of chunks that another object had, instead of being fetched; since the object was first mounted, or the daemon started
+	Images    int   `json:"images"`    // an image in two domains is two
+	Objects   int   `json:"objects"`   // of their blobs
+	Size      int64 `json:"size"`      // of the objects
+	Shared    int64 `json:"shared"`    // of that, objects that several images refer to
+	Saved     int64 `json:"saved"`     // what the cache would hold once more for each further image if every image had objects of its own
+	Copied    int64 `json:"copied"`    // of chunks that another object had, instead of being fetched; since the object was first mounted, or the daemon started
+	Reflinked int64 `json:"reflinked"` // of that, what shares its space on disk with where it was copied from (not in Saved)
 }
 
 // A DomainSharing is about one domain.
@@ -33,12 +34,13 @@ type DomainSharing struct {
 
 // An ImageSharing is about one image in one domain, however often it is mounted there.
 type ImageSharing struct {
-	Digest string `json:"digest"`
-	Ref    string `json:"ref"` // of one of the mounts
-	Domain string `json:"domain"`
-	Size   int64  `json:"size"`   // of its objects
-	Shared int64  `json:"shared"` // of that, objects that other images of the domain refer to too
-	Copied int64  `json:"copied"` // into its objects, as in SharingSums
+	Digest    string `json:"digest"`
+	Ref       string `json:"ref"` // of one of the mounts
+	Domain    string `json:"domain"`
+	Size      int64  `json:"size"`   // of its objects
+	Shared    int64  `json:"shared"` // of that, objects that other images of the domain refer to too
+	Copied    int64  `json:"copied"` // into its objects, as in SharingSums
+	Reflinked int64  `json:"reflinked"`
 }
 
 // sharing describes what the mounted images have in common.
@@ -72,12 +74,14 @@ func (d *Daemon) sharing() Sharing {
 		s.Host.Shared += sums.Shared
 		s.Host.Saved += sums.Saved
 		s.Host.Copied += sums.Copied
+		s.Host.Reflinked += sums.Reflinked
 	}
 	for k, m := range images {
 		i := ImageSharing{Digest: k.digest, Ref: m.record.Ref, Domain: k.domain}
 		for _, o := range m.objects() {
 			i.Size += o.size()
 			i.Copied += o.copied.Load()
+			i.Reflinked += o.reflinked.Load()
 			if users[o] > 1 {
 				i.Shared += o.size()
 			}
@@ -96,6 +100,7 @@ func (s *SharingSums) add(o *object, n int) {
 	s.Objects++
 	s.Size += o.size()
 	s.Copied += o.copied.Load()
+	s.Reflinked += o.reflinked.Load()
 	if n > 1 {
 		present, _ := o.presentBytes()
 		s.Shared += o.size()

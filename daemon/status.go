@@ -13,6 +13,7 @@ import (
 type counters struct {
 	served     atomic.Int64 // bytes of requests answered OK
 	copied     atomic.Int64 // bytes that were in other objects of a domain
+	reflinked  atomic.Int64 // of them, bytes that share their space on disk with those
 	mismatches atomic.Int64 // batches of chunks with wrong bytes
 	failures   atomic.Int64 // fetches that failed
 	refused    atomic.Int64 // requests answered with an error
@@ -63,6 +64,7 @@ type Status struct {
 
 	Fetched    int64 `json:"fetched"`    // from sources
 	Copied     int64 `json:"copied"`     // of chunks that the cache had in another object of the domain, instead of being fetched
+	Reflinked  int64 `json:"reflinked"`  // of that, what shares its space on disk with where it was copied from
 	Served     int64 `json:"served"`     // of requests answered with data
 	Mismatches int64 `json:"mismatches"` // chunks that came with wrong bytes, none of which was written
 	Failures   int64 `json:"failures"`   // fetches that failed
@@ -110,7 +112,7 @@ func (d *Daemon) status() Status {
 		Release: d.opt.Release, PID: os.Getpid(), Started: d.started,
 		Engine: d.engine.Name(), EngineReason: d.opt.EngineReason, Root: d.opt.Root, ReadDeadline: d.opt.ReadDeadline,
 		Mounts: len(d.mounts.list()), Damaged: d.damaged, Lost: d.lost, Pending: n,
-		Copied: d.count.copied.Load(), Served: d.count.served.Load(), Mismatches: d.count.mismatches.Load(),
+		Copied: d.count.copied.Load(), Reflinked: d.count.reflinked.Load(), Served: d.count.served.Load(), Mismatches: d.count.mismatches.Load(),
 		Failures: d.count.failures.Load(), Refused: d.count.refused.Load(),
 		Scrub: d.scrubber.report(), Sources: d.sources.status(), Objects: []ObjectStatus{},
 	}

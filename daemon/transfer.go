@@ -40,6 +40,7 @@ type transfer struct {
 func (t *transfer) run(ctx context.Context, spans []span) (rest []span, err error) {
 	for len(spans) > 0 {
 		s := &spans[0]
+		all := *s
 		for !s.empty() {
 			if t.demand == nil {
 				t.turn.pass()
@@ -51,6 +52,7 @@ func (t *transfer) run(ctx context.Context, spans []span) (rest []span, err erro
 			}
 			s.first = b.last
 		}
+		t.share(all)
 		spans = spans[1:]
 	}
 	return nil, nil

@@ -16,7 +16,8 @@ func imagesCommand() *cli.Command {
 	return &cli.Command{
 		Name: "images", Usage: "list the images that the daemon knows, or remove some",
 		Description: "With --dedup it shows of the mounted images how much of each other images of its domain share, and for each domain and the host what " +
-			"the cache would hold more if nothing were shared. Copied are chunks that another object of the domain had, so that they were not fetched.\n\n" +
+			"the cache would hold more if nothing were shared. Copied are chunks that another object of the domain had, so that they were not fetched; " +
+			"reflinked is what of that takes no space of its own (fanotify, on xfs or btrfs).\n\n" +
 			"Example:\n   holdfast images --dedup --json\n   holdfast images rm docker://registry.example/python:rafs",
 		Flags: []cli.Flag{jsonFlag(), &cli.BoolFlag{Name: "dedup", Usage: "show what is shared and saved, per image, domain and host"}},
 		Subcommands: []*cli.Command{{
@@ -41,13 +42,13 @@ func imagesCommand() *cli.Command {
 }
 
 func printSharing(t *tabwriter.Writer, s daemon.Sharing) {
-	fmt.Fprintln(t, "IMAGE\tREF\tDOMAIN\tSIZE\tSHARED\tCOPIED")
+	fmt.Fprintln(t, "IMAGE\tREF\tDOMAIN\tSIZE\tSHARED\tCOPIED\tREFLINKED")
 	for _, i := range s.Images {
-		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\n", i.Digest, i.Ref, i.Domain, human(i.Size), human(i.Shared), human(i.Copied))
+		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", i.Digest, i.Ref, i.Domain, human(i.Size), human(i.Shared), human(i.Copied), human(i.Reflinked))
 	}
-	fmt.Fprintln(t, "\nDOMAIN\tIMAGES\tOBJECTS\tSIZE\tSHARED\tSAVED\tCOPIED")
+	fmt.Fprintln(t, "\nDOMAIN\tIMAGES\tOBJECTS\tSIZE\tSHARED\tSAVED\tCOPIED\tREFLINKED")
 	row := func(name string, s daemon.SharingSums) {
-		fmt.Fprintf(t, "%s\t%d\t%d\t%s\t%s\t%s\t%s\n", name, s.Images, s.Objects, human(s.Size), human(s.Shared), human(s.Saved), human(s.Copied))
+		fmt.Fprintf(t, "%s\t%d\t%d\t%s\t%s\t%s\t%s\t%s\n", name, s.Images, s.Objects, human(s.Size), human(s.Shared), human(s.Saved), human(s.Copied), human(s.Reflinked))
 	}
 	for _, d := range s.Domains {
 		row(d.Domain, d.SharingSums)

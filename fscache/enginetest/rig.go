@@ -46,6 +46,7 @@ type rig struct {
 // newRig opens an engine. Cleanup answers what is pending, unmounts and closes.
 func newRig(t testing.TB, h Harness) *rig {
 	t.Helper()
+	t.TempDir() // the directories of all mounts are in one that is removed in the place of the first, so after they are unmounted
 	store := NewStore()
 	t.Cleanup(store.Close)
 	return takeOver(t, h, store, fscache.Inherited{})

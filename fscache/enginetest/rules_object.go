@@ -200,6 +200,40 @@ func readAtReturnsWhatWasWritten(t *testing.T, h Harness) {
 	r.noRequest()
 }
 
+func shareChangesNoByte(t *testing.T, h Harness) {
+	r := newRig(t, h)
+	r.start(1)
+	a, b := blob("d", "a"), blob("d", "b")
+	r.mount("image", a, b)
+	r.write(a.Key, 4*page, 2*page)
+	if err := r.e.WriteAt(b.Key, content(a.Key, 4*page, page), 8*page); err != nil { // the second page is a hole
+		t.Fatal(err)
+	}
+	_, err := r.e.Share(b.Key, fscache.Extent{Off: 8 * page, Len: 2 * page}, a.Key, 4*page)
+	if errors.Is(err, errors.ErrUnsupported) {
+		return // the engine says so: allowed
+	}
+	if err == nil {
+		t.Error("a hole shares space with data")
+	}
+	n, err := r.e.Share(b.Key, fscache.Extent{Off: 8 * page, Len: page}, a.Key, 4*page)
+	if err != nil || n != page {
+		t.Fatalf("Share: %d bytes, %v", n, err)
+	}
+	got, err := r.e.Present(b.Key)
+	if want := []fscache.Extent{{Off: 8 * page, Len: page}}; err != nil || !slices.Equal(got, want) {
+		t.Errorf("present: %v, %v; want %v", got, err, want)
+	}
+	p := make([]byte, page)
+	if err := r.e.ReadAt(b.Key, p, 8*page); err != nil || !bytes.Equal(p, content(a.Key, 4*page, page)) {
+		t.Errorf("what is shared reads back wrong: %v", err)
+	}
+	if _, err := r.e.Share(b.Key, fscache.Extent{Off: blobSize, Len: page}, a.Key, 0); err == nil {
+		t.Error("Share past the end succeeded")
+	}
+	r.noRequest()
+}
+
 func dropMakesAHole(t *testing.T, h Harness) {
 	r := newRig(t, h)
 	r.start(1)

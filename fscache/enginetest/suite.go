@@ -36,6 +36,7 @@ var rules = []struct {
 	{"WriteOutsideOrUnalignedIsRefused", badWriteIsRefused},
 	{"PresentListsWhatWasWritten", presentListsWhatWasWritten},
 	{"ReadAtReturnsWhatWasWritten", readAtReturnsWhatWasWritten},
+	{"ShareChangesNoByte", shareChangesNoByte},
 	{"DropMakesAHole", dropMakesAHole},
 	{"WrittenDataOutlivesTheEngine", writtenDataOutlivesTheEngine},
 	{"CompletedObjectRaisesNoRequest", completedObjectRaisesNoRequest},

@@ -18,14 +18,23 @@ import (
 // the test machine, its disk.
 func smallDisk(t *testing.T, serve ...string) (h *testHost, root string) {
 	t.Helper()
+	if os.Getenv("HOLDFAST_VM") == "" {
+		return diskHost(t, "192M", []string{"mkfs.ext4", "-q", "-F", "-m", "0"}, serve...)
+	}
+	return diskHost(t, "", nil, serve...)
+}
+
+// diskHost starts a host whose root is on a new file system in a file of a size, or, without one, in the working directory.
+func diskHost(t *testing.T, size string, mkfs []string, serve ...string) (h *testHost, root string) {
+	t.Helper()
 	dir, engine := workDir(t)
 	root = filepath.Join(dir, "root")
 	if err := os.Mkdir(root, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	if os.Getenv("HOLDFAST_VM") == "" {
+	if mkfs != nil {
 		disk := filepath.Join(dir, "disk")
-		for _, c := range [][]string{{"truncate", "-s", "192M", disk}, {"mkfs.ext4", "-q", "-F", "-m", "0", disk}, {"mount", "-o", "loop", disk, root}} {
+		for _, c := range [][]string{{"truncate", "-s", size, disk}, append(mkfs, disk), {"mount", "-o", "loop", disk, root}} {
 			if out, err := exec.Command(c[0], c[1:]...).CombinedOutput(); err != nil {
 				t.Fatalf("%v: %v: %s", c, err, out)
 			}
