@@ -43,7 +43,7 @@ type reader struct {
 // fill makes want present and calls r.ready as soon as it is; the read-ahead behind it goes on before fill returns. When
 // it returns an error ready was not called. ctx ends with the daemon.
 func (f *filler) fill(ctx context.Context, o *object, want span, r reader) error {
-	if o.give(want) {
+	if f.give(o, want) {
 		r.ready()
 		return nil
 	}
@@ -60,7 +60,7 @@ func (f *filler) fill(ctx context.Context, o *object, want span, r reader) error
 		switch {
 		case answered: // an error concerns the read-ahead only, and was logged
 			return nil
-		case err == nil && o.give(want):
+		case err == nil && f.give(o, want):
 			r.ready()
 			return nil
 		case err == nil:
@@ -94,6 +94,15 @@ type demand struct {
 	ready    func()
 	deadline time.Time // errDeadline after it
 	shortage shortage
+}
+
+// give notes that a reader wants s, and reports whether all of it is present.
+func (f *filler) give(o *object, s span) bool {
+	there, last := o.give(s)
+	if there && last {
+		f.finish(o)
+	}
+	return there
 }
 
 // attempt does one thing for a reader: wait for what is on its way, or else fetch what is absent.

@@ -100,15 +100,19 @@ func (o *object) has(s span) bool {
 	return o.present.all(s)
 }
 
-// give notes that a reader wants s, and reports whether all of it is present.
-func (o *object) give(s span) bool {
+// give notes that a reader wants s, and reports whether all of it is present, and whether that was the last that the kernel had to ask about of an
+// object that was synced before.
+func (o *object) give(s span) (there, last bool) {
 	now := time.Now()
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	o.lastRead = now
-	o.given.set(s)
-	return o.present.all(s)
+	last = o.given.set(s) > 0 && o.durable && !o.left && o.allGiven()
+	return o.present.all(s), last
 }
+
+// allGiven: mu is held.
+func (o *object) allGiven() bool { return o.given.all(span{0, o.table.Len()}) }
 
 // gave notes that another process may have given s to readers.
 func (o *object) gave(s span) {
@@ -327,6 +331,17 @@ func (o *object) found(ctx context.Context) error {
 			return context.Cause(ctx)
 		}
 	}
+}
+
+// synced takes note of how a sync ended that was begun in an epoch, and reports whether the object can be left to the kernel: it cannot while there
+// is a chunk that no reader was told of, if that may be culled. Then the give that is the last finds the object synced.
+func (o *object) synced(epoch int, err error, culls bool) (leave bool) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if epoch == o.epoch {
+		o.durable, o.unsynced = err == nil, err
+	}
+	return err == nil && (!culls || o.allGiven())
 }
 
 // ended takes note of how finish ended that was begun in an epoch, and whether it left the object to the kernel.

@@ -153,10 +153,3 @@ func (o *object) lostParts() bool {
 	defer o.mu.Unlock()
 	return o.retracted
 }
-
-// retractable reports whether there is a chunk that no reader was told of.
-func (o *object) retractable() bool {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	return o.given.count(span{0, o.table.Len()}) < o.table.Len()
-}

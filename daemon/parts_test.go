@@ -111,6 +111,12 @@ func TestKernelAsksAboutCompleteObjectsWhosePartsMayBeCulled(t *testing.T) {
 		if kept, err := r.object(b).kept(); !kept || r.e.complete[b.key] != 1 {
 			r.t.Errorf("all read: synced %v (%v), left to the kernel %d times, want once", kept, err, r.e.complete[b.key])
 		}
+		r.wantOK(a, mib, mib)
+		r.wantOK(a, 0, mib)
+		r.object(a).completing.Wait()
+		if r.e.complete[a.key] != 1 {
+			r.t.Errorf("all read after it was prefetched: left to the kernel %d times, want once", r.e.complete[a.key])
+		}
 	})
 }
 
@@ -310,7 +316,7 @@ func TestSuccessorCullsNothingWhileItsPredecessorWrites(t *testing.T) {
 // What a reader waits for is not taken away to make room for the rest of it.
 func TestWhatAReaderWaitsForIsNotCulled(t *testing.T) {
 	o := newObject(fscache.Key{Domain: "d", ID: "o"}, blobOf("bb", 3).table, "", 1)
-	if o.give(span{0, 2}) {
+	if there, _ := o.give(span{0, 2}); there {
 		t.Fatal("present")
 	}
 	o.claim(span{0, 3}, 0)

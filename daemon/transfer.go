@@ -215,7 +215,7 @@ func (f *filler) finish(o *object) {
 	f.background.Go(func() {
 		defer o.completing.Done()
 		err := f.engine.Sync(o.key)
-		left := err == nil && !(f.cullsParts && o.retractable()) // else a hole may be made of it, which the kernel is to ask about
+		left := o.synced(epoch, err, f.cullsParts) // else a hole may be made of it, which the kernel is to ask about
 		if left {
 			err = f.engine.Complete(o.key)
 		}

@@ -119,7 +119,7 @@ func awaitPrefetch(ctx context.Context, client *daemon.Client, r daemon.Prefetch
 			return p, fmt.Errorf("%s of %s are in the cache, the rest cannot be brought in: %s", human(p.Present), human(p.Size), p.Failed)
 		}
 		select {
-		case <-time.After(min(max(askSoon, time.Since(began)/16), askLate)):
+		case <-time.After(min(max(askSoon, time.Since(began)/64), askLate)):
 		case <-ctx.Done():
 			return p, fmt.Errorf("interrupted at %s of %s; the daemon goes on with it", human(p.Present), human(p.Size))
 		}
