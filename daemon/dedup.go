@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -251,10 +252,16 @@ func (t *transfer) copy(i int, dst []byte) error {
 	return nil
 }
 
-// share has what was copied of a span, all of it or nothing, share its space on disk with where it was copied from. That comes last: no reader waits for it,
-// and it is safe at any time, for the file system compares the bytes.
-func (t *transfer) share(s span) {
-	for s.first < s.last && !t.index.apart.Load() {
+// share has the spans that were copied, each as a whole or not at all, share their space on disk with where they were copied from. That comes last, when
+// no reader waits for any of them, and is safe at any time, for the file system compares the bytes.
+func (t *transfer) share(ctx context.Context, spans []span) {
+	for _, s := range spans {
+		t.shareSpan(ctx, s)
+	}
+}
+
+func (t *transfer) shareSpan(ctx context.Context, s span) {
+	for s.first < s.last && !t.index.apart.Load() && ctx.Err() == nil {
 		p, ok := t.from[s.first]
 		if !ok {
 			return

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -99,8 +100,12 @@ type demand struct {
 // give notes that a reader wants s, and reports whether all of it is present.
 func (f *filler) give(o *object, s span) bool {
 	there, last := o.give(s)
-	if there && last {
+	if !last {
+		return there
+	}
+	if u := o.borrow(); u != nil { // else it is being let go
 		f.finish(o)
+		u.wg.Done()
 	}
 	return there
 }
@@ -198,9 +203,14 @@ func (f *filler) carry(o *object, u *use, c claimed, d *demand) error {
 	if !u.local { // what is on this machine is not worth looking for
 		c.spans, t.from = f.index.near(o, c.spans)
 	}
+	var copied []span
+	if t.from != nil {
+		copied = slices.Clone(c.spans) // run takes them apart
+	}
 	began := time.Now()
 	rest, err := t.run(ctx, c.spans)
 	if err == nil {
+		t.share(ctx, copied)
 		return nil
 	}
 	f.blame(o, began, rest[0], err)

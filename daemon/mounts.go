@@ -320,7 +320,9 @@ func (d *Daemon) part(m *mount, err error) error {
 // sweep lets go what need not linger any more. What is looked at stays known meanwhile: who asks whether the daemon is used, or
 // what there is to hand over, must not find a gap.
 func (d *Daemon) sweep() {
-	d.mounts.parting.Lock()
+	if !d.mounts.parting.TryLock() {
+		return // somebody is at it
+	}
 	defer d.mounts.parting.Unlock()
 	for _, m := range d.mounts.allLingering() {
 		if err := d.part(m, d.letGoHolds(m, m.kept)); err != nil {

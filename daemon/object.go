@@ -22,7 +22,7 @@ type object struct {
 	print string        // fingerprint of the table
 	slots chan struct{} // one for each fetch that a reader waits for
 
-	completing sync.WaitGroup // finish calls under way; only fetches and settling start one
+	completing sync.WaitGroup // finish calls under way; only who fetches, settles or has borrowed a source starts one
 
 	denials denials
 	asked   chan struct{} // closed when the kernel first asks for something of the object: from then on it can be written to
@@ -222,8 +222,10 @@ func (o *object) mark(s span, epoch int, want span) (ready, complete bool) {
 	defer o.mu.Unlock()
 	o.flying.clear(s)
 	if epoch == o.epoch {
-		o.missing -= o.present.set(s)
-		o.changes++
+		if n := o.present.set(s); n > 0 {
+			o.missing -= n
+			o.changes++
+		}
 		o.backoff.reset()
 	}
 	o.wake(s, nil)
@@ -333,23 +335,28 @@ func (o *object) found(ctx context.Context) error {
 	}
 }
 
-// synced takes note of how a sync ended that was begun in an epoch, and reports whether the object can be left to the kernel: it cannot while there
-// is a chunk that no reader was told of, if that may be culled. Then the give that is the last finds the object synced.
-func (o *object) synced(epoch int, err error, culls bool) (leave bool) {
+// synced takes note of how a sync ended that was begun when the object was complete, at a count of changes, and reports whether the engine is to be
+// told. It is not while there is a chunk that no reader was told of, if that may be culled: then the give that is the last finds the object
+// durable. What was culled or reset meanwhile is not complete, and what was fetched again since was not synced.
+func (o *object) synced(changes int, err error, culls bool) (leave bool) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	if epoch == o.epoch {
-		o.durable, o.unsynced = err == nil, err
+	if o.missing != 0 || o.changes != changes {
+		return false
 	}
-	return err == nil && (!culls || o.allGiven())
+	if err == nil && (!culls || o.allGiven()) {
+		return true
+	}
+	o.durable, o.unsynced = err == nil, err
+	return false
 }
 
-// ended takes note of how finish ended that was begun in an epoch, and whether it left the object to the kernel.
-func (o *object) ended(epoch int, err error, left bool) {
+// ended takes note of how telling the engine ended. From synced on nothing of the object was culled: it was finished and not durable.
+func (o *object) ended(changes int, err error) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	if epoch == o.epoch {
-		o.durable, o.left, o.unsynced = err == nil, left, err
+	if o.changes == changes {
+		o.durable, o.left, o.unsynced = err == nil, err == nil, err
 	}
 }
 

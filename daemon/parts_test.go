@@ -107,13 +107,13 @@ func TestKernelAsksAboutCompleteObjectsWhosePartsMayBeCulled(t *testing.T) {
 		}
 		r.wantOK(b, 0, mib)
 		r.wantOK(b, mib, mib)
-		r.object(b).completing.Wait()
+		synctest.Wait()
 		if kept, err := r.object(b).kept(); !kept || r.e.complete[b.key] != 1 {
 			r.t.Errorf("all read: synced %v (%v), left to the kernel %d times, want once", kept, err, r.e.complete[b.key])
 		}
 		r.wantOK(a, mib, mib)
 		r.wantOK(a, 0, mib)
-		r.object(a).completing.Wait()
+		synctest.Wait()
 		if r.e.complete[a.key] != 1 {
 			r.t.Errorf("all read after it was prefetched: left to the kernel %d times, want once", r.e.complete[a.key])
 		}
@@ -328,11 +328,39 @@ func TestWhatAReaderWaitsForIsNotCulled(t *testing.T) {
 	}
 }
 
+// The kernel would not be asked about the holes (I1), and what is fetched again is not what was synced (I5).
+func TestSyncBegunBeforePartsWereCulledProvesNothing(t *testing.T) {
+	for again := range 2 {
+		o := newObject(fscache.Key{Domain: "d", ID: "o"}, blobOf("bb", 2).table, "", 1)
+		o.claim(span{0, 2}, 0)
+		o.mark(span{0, 2}, o.current(), span{})
+		changes := o.changed()
+		if o.synced(changes, nil, true) {
+			t.Fatal("nobody has read anything, and the object is to be left to the kernel")
+		}
+		if spans, _ := o.retract(1 << 30); len(spans) != 1 {
+			t.Fatalf("%v is culled, want all", spans)
+		}
+		o.abandon(span{0, 2}, errAbandoned)
+		o.give(span{0, 2})
+		if again == 1 {
+			o.claim(span{0, 2}, 0)
+			o.mark(span{0, 2}, o.current(), span{})
+		}
+		if o.synced(changes, nil, true) {
+			t.Errorf("left to the kernel with %d chunks missing, fetched again: %v", o.missing, again == 1)
+		}
+		if kept, err := o.kept(); kept || err != nil {
+			t.Errorf("synced: %v, %v", kept, err)
+		}
+	}
+}
+
 // A failed sync is not tried again: what it lost cannot be known.
 func TestPartsOfAnObjectThatWasNotSyncedAreNotCulled(t *testing.T) {
 	o := newObject(fscache.Key{Domain: "d", ID: "o"}, blobOf("bb", 1).table, "", 1)
 	o.mark(span{0, 1}, o.current(), span{})
-	o.ended(o.current(), errors.New("input/output error"), false)
+	o.synced(o.changed(), errors.New("input/output error"), true)
 	if spans, _ := o.retract(1 << 30); len(spans) > 0 {
 		t.Errorf("%v is culled", spans)
 	}

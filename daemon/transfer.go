@@ -40,7 +40,6 @@ type transfer struct {
 func (t *transfer) run(ctx context.Context, spans []span) (rest []span, err error) {
 	for len(spans) > 0 {
 		s := &spans[0]
-		all := *s
 		for !s.empty() {
 			if t.demand == nil {
 				t.turn.pass()
@@ -52,7 +51,6 @@ func (t *transfer) run(ctx context.Context, spans []span) (rest []span, err erro
 			}
 			s.first = b.last
 		}
-		t.share(all)
 		spans = spans[1:]
 	}
 	return nil, nil
@@ -211,15 +209,14 @@ func (f *filler) finish(o *object) {
 		return // settle comes back to it
 	}
 	o.completing.Add(1)
-	epoch := o.current()
+	changes := o.changed()
 	f.background.Go(func() {
 		defer o.completing.Done()
 		err := f.engine.Sync(o.key)
-		left := o.synced(epoch, err, f.cullsParts) // else a hole may be made of it, which the kernel is to ask about
-		if left {
+		if o.synced(changes, err, f.cullsParts) {
 			err = f.engine.Complete(o.key)
+			o.ended(changes, err)
 		}
-		o.ended(epoch, err, left && err == nil)
 		if err != nil && !errors.Is(err, fscache.ErrUnknown) { // unmounted meanwhile
 			f.log.Error("object is complete but cannot be left to the kernel", zap.Stringer("object", o.key), zap.Error(err))
 		}

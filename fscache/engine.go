@@ -138,7 +138,8 @@ type Engine interface {
 	// that the kernel has not opened since the cache was bound); elsewhere the error wraps errors.ErrUnsupported. A hole reads as zeros.
 	ReadAt(k Key, p []byte, off int64) error
 	// Share has an extent of k use the space on disk of one of with's that begins at `at` and holds the same bytes, which the file system compares
-	// itself; it returns how many bytes that is done for. No reader notices, and both are written to the disk first. The error wraps
+	// itself; it returns how many bytes that is done for. Readers see no other bytes, and
+	// wait a little; both are written to the disk first. The error wraps
 	// errors.ErrUnsupported where the engine or the file system cannot (fanotify on xfs and btrfs can).
 	Share(k Key, e Extent, with Key, at int64) (int64, error)
 	// Evict has the next ReadAt of an extent read the disk, where the engine can: it drops what the page cache keeps of the cache file there, as far
@@ -158,7 +159,7 @@ type Engine interface {
 	// the data back. It waits for the kernel, which lets go of objects in its own time, for seconds at most, and holds nobody up but who adds
 	// the same object. fanotify removes the domain's directory with its last object; of cachefiles the directories are the kernel's.
 	Cull(ctx context.Context, k Key) error
-	// Usage is how many bytes of the cache's file system an object's data takes, added or not; 0: it has none.
+	// Usage is how many bytes of the cache's file system an object's data takes, added or not; 0: it has none. What is shared counts for each.
 	Usage(k Key) (int64, error)
 	// Space is the room on the cache's file system.
 	Space() (Space, error)

@@ -24,6 +24,9 @@ func (e *Engine) Share(k fscache.Key, x fscache.Extent, with fscache.Key, at int
 	return o.share(x, from, at)
 }
 
+// shareStep is how much is shared at a time, in bytes: who reads or writes either file waits meanwhile.
+const shareStep = 1 << 20
+
 func (o *object) share(x fscache.Extent, from *object, at int64) (shared int64, err error) {
 	if err := errors.Join(o.check(x.Off, x.Len, true), from.check(at, x.Len, true)); err != nil {
 		return 0, err
@@ -37,8 +40,9 @@ func (o *object) share(x fscache.Extent, from *object, at int64) (shared int64, 
 		return 0, err
 	}
 	for shared < x.Len {
+		n := min(x.Len-shared, shareStep)
 		r := unix.FileDedupeRange{
-			Src_offset: uint64(at + shared), Src_length: uint64(x.Len - shared),
+			Src_offset: uint64(at + shared), Src_length: uint64(n),
 			Info: []unix.FileDedupeRangeInfo{{Dest_offset: uint64(x.Off + shared)}},
 		}
 		err := control(src, func(fd int) error {
@@ -53,7 +57,7 @@ func (o *object) share(x fscache.Extent, from *object, at int64) (shared int64, 
 		if err != nil {
 			return shared, o.ioError(fmt.Sprintf("sharing extents of cache file %s with", from.path), x.Off+shared, err)
 		}
-		shared += int64(r.Info[0].Bytes_deduped) // the kernel does 16 MiB at a time (fs/remap_range.c)
+		shared += int64(r.Info[0].Bytes_deduped)
 	}
 	return shared, nil
 }
