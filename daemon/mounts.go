@@ -137,12 +137,6 @@ func (t *mounts) empty() bool {
 	return len(t.byDir) == 0 && len(t.lingering) == 0
 }
 
-func (t *mounts) anyLinger() bool {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	return len(t.lingering) > 0
-}
-
 // linger adds to the lingering mounts, if m is not among them; gone takes it out.
 func (t *mounts) linger(m *mount) {
 	t.mu.Lock()
@@ -336,13 +330,13 @@ const sweepEvery = 5 * time.Second
 
 // sweepLater has what lingers swept for as long as anything does.
 func (d *Daemon) sweepLater() {
-	if !d.mounts.anyLinger() || d.sweeping.Swap(true) {
+	if len(d.mounts.allLingering()) == 0 || d.sweeping.Swap(true) {
 		return
 	}
 	d.background.Go(func() {
 		tick := time.NewTicker(sweepEvery)
 		defer tick.Stop()
-		for d.mounts.anyLinger() {
+		for len(d.mounts.allLingering()) > 0 {
 			select {
 			case <-tick.C:
 			case <-d.base.Done():

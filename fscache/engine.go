@@ -137,10 +137,9 @@ type Engine interface {
 	// ReadAt reads cached bytes back, without raising a request, where the engine can (fanotify, simkernel; cachefiles: an object
 	// that the kernel has not opened since the cache was bound); elsewhere the error wraps errors.ErrUnsupported. A hole reads as zeros.
 	ReadAt(k Key, p []byte, off int64) error
-	// Share has an extent of k use the space on disk of one of with's that begins at `at` and holds the same bytes, which the file system compares
-	// itself; it returns how many bytes that is done for. Readers see no other bytes, and
-	// wait a little; both are written to the disk first. The error wraps
-	// errors.ErrUnsupported where the engine or the file system cannot (fanotify on xfs and btrfs can).
+	// Share has an extent of k use the space on disk of the one of with's that begins at `at` and holds the same bytes, which the file system
+	// compares itself; it returns how many bytes that is done for. Readers see no other bytes, and wait a little; both extents are written to
+	// the disk first. The error wraps errors.ErrUnsupported where the engine or the file system cannot (fanotify on xfs and btrfs can).
 	Share(k Key, e Extent, with Key, at int64) (int64, error)
 	// Evict has the next ReadAt of an extent read the disk, where the engine can: it drops what the page cache keeps of the cache file there, as far
 	// as that was written back. What a mount keeps of it in its own page cache stays. No reader notices.

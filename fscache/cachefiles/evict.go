@@ -1,24 +1,9 @@
 package cachefiles
 
-import (
-	"errors"
-	"fmt"
-
-	"holdfast/fscache"
-)
+import "holdfast/fscache"
 
 // Evict implements fscache.Engine. There is nothing to do: the kernel reads and writes its files by direct I/O, and ReadAt keeps nothing.
 func (e *Engine) Evict(k fscache.Key, _ fscache.Extent) error {
 	_, err := e.known(k)
 	return err
-}
-
-// Share implements fscache.Engine. It cannot: the descriptors are for writing only, and the files are the kernel's.
-func (e *Engine) Share(k fscache.Key, _ fscache.Extent, with fscache.Key, _ int64) (int64, error) {
-	for _, k := range []fscache.Key{k, with} {
-		if _, err := e.known(k); err != nil {
-			return 0, err
-		}
-	}
-	return 0, fmt.Errorf("sharing extents of objects %s and %s: %w", k, with, errors.ErrUnsupported)
 }

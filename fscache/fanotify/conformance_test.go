@@ -2,12 +2,9 @@ package fanotify_test
 
 import (
 	"os"
-	"os/exec"
-	"path/filepath"
 	"testing"
 
 	"go.uber.org/zap/zaptest"
-	"golang.org/x/sys/unix"
 
 	"holdfast/fscache"
 	"holdfast/fscache/enginetest"
@@ -19,7 +16,7 @@ func TestConformance(t *testing.T) {
 }
 
 func TestConformanceOnXFS(t *testing.T) {
-	mnt := xfs(t)
+	mnt := fanotify.MountXFS(t, 0)
 	enginetest.Run(t, func(t *testing.T) enginetest.Harness {
 		dir, err := os.MkdirTemp(mnt, "")
 		if err != nil {
@@ -47,30 +44,9 @@ func harness(dir string) enginetest.Harness {
 	}
 }
 
-// xfs mounts a new XFS that can share extents.
-func xfs(t *testing.T) string {
-	t.Helper()
-	dir := t.TempDir()
-	image, mnt := filepath.Join(dir, "fs"), filepath.Join(dir, "mnt")
-	for _, c := range [][]string{{"mkdir", mnt}, {"truncate", "-s", "400M", image}, {"mkfs.xfs", "-q", "-m", "reflink=1", image}} {
-		if out, err := exec.Command(c[0], c[1:]...).CombinedOutput(); err != nil {
-			t.Fatalf("%v: %v: %s", c, err, out)
-		}
-	}
-	if out, err := exec.Command("mount", "-o", "loop", image, mnt).CombinedOutput(); err != nil {
-		t.Skipf("this kernel mounts no XFS, or has no loop device: %v: %s", err, out)
-	}
-	t.Cleanup(func() {
-		if err := unix.Unmount(mnt, 0); err != nil {
-			t.Error(err)
-		}
-	})
-	return mnt
-}
-
 // Two objects with the same bytes take the space of one.
 func TestSharedExtentsTakeNoSpace(t *testing.T) {
-	dir := xfs(t)
+	dir := fanotify.MountXFS(t, 0)
 	h := harness(dir)
 	e := h.Open(t, fscache.Inherited{}, nil, nil)
 	defer e.Close()
